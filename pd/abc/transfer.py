@@ -1,0 +1,156 @@
+"""What a transfer backend is: a small, synchronous data plane that knows nothing of requests.
+
+The core (`pd.transfer.engine`) owns the driving threads and does slicing, coalescing, chunking, queues, deadlines,
+retries, digests, staging and quarantine. Failed or cancelled never means quiet: a backend promises quiet memory only
+where a method's docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+#: uint64[n, 5]: local region index, local offset, remote region index, remote offset, length in bytes.
+#: Sorted by (remote region, remote offset), neighbours already merged.
+Spans: TypeAlias = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class TransferCapabilities:
+    """What the core may assume of a backend."""
+
+    memory_kinds: frozenset[str] = frozenset({"cpu"})  # of "cpu", "cuda", "npu"
+    max_spans_per_post: int = 1024
+    needs_progress: bool = False  # progress() is called every millisecond while any peer is connected
+    concurrent_posts: bool = False  # post/poll may be called from several threads at once (for different peers)
+    blocking_post: bool = False  # post() returns when the data has been applied
+    revocable: bool = False  # grant/revoke fence single hand-offs at the receiver
+    returns_digests: bool = False  # the receiver's side digests what it applied: see `take_digests`
+    allocates: bool = False  # allocate() must supply the KV pool
+
+
+@dataclass(frozen=True)
+class Region:
+    """One registered span of memory. `index` is what Spans name; assigned by the core in registration order.
+
+    `address` is a host or device pointer; `buffer` a writable memoryview for host memory, else None. `owner` keeps the
+    memory alive.
+    """
+
+    index: int
+    address: int
+    nbytes: int
+    device: str  # "cpu", "cuda:0", …
+    buffer: memoryview | None = None
+    owner: Any = field(default=None, repr=False, compare=False)
+
+
+class Peer(Protocol):
+    """A connected remote engine; made by `connect`."""
+
+    @property
+    def identity(self) -> str: ...
+
+
+#: Opaque handle of one post.
+Ticket: TypeAlias = Any
+
+
+class DeviceMemory(Protocol):
+    """What the transfer core needs of a device, so that it needs no torch. Handed over by the runner."""
+
+    @property
+    def device(self) -> str: ...
+
+    def digest(self, regions: Sequence[Region], spans: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> Any:
+        """Digest of spans (uint64[n, 3]: region, offset, length), see `pd.transfer.digest`; returns uint64[n]."""
+
+    def copy(self, region: Region, offset: int, buffer: memoryview, *, to_device: bool) -> None:
+        """Copy between device memory and a host buffer; returns when done (staging)."""
+
+    def fence(self) -> None:
+        """Later work on the device sees every host or peer write that has completed."""
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """Handed to a backend's factory. `options` holds the settings that the backend registered as accepted."""
+
+    host: str
+    device: str
+    memory: DeviceMemory
+    secret: bytes | None = None  # the cluster secret's data-plane key; None without PD_CLUSTER_SECRET
+    options: Mapping[str, str] = field(default_factory=dict)
+    log: Callable[..., None] = lambda *a, **k: None
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """Static information, so that the CLI validates without importing a vendor library."""
+
+    name: str
+    factory: Callable[[BackendContext], TransferBackend]
+    summary: str = ""
+    accepts: frozenset[str] = frozenset()  # device flags that act: "ib_device", …
+    environment: Mapping[str, str] = field(default_factory=dict)  # variable -> what it does
+    unavailable: Callable[[], str | None] = lambda: None  # a reason and remedy, or None; must be cheap
+
+
+@runtime_checkable
+class TransferBackend(Protocol):
+    """Synchronous; driven by engine threads that the core owns (one, or several where `concurrent_posts`)."""
+
+    capabilities: TransferCapabilities
+
+    def open(self, identity: str) -> None:
+        """Start under this identity (instance id, incarnation and rank). Raises BackendUnavailable."""
+
+    def allocate(self, nbytes: int, device: str) -> Region | None:
+        """Supply the KV pool from the backend's own allocator, or None: the core allocates."""
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """Pin the KV pool; called once, before any peer."""
+
+    def descriptor(self) -> bytes:
+        """Opaque: endpoint and memory keys. The core adds a checksum and ships it over the control plane."""
+
+    def connect(self, descriptor: bytes) -> Peer:
+        """Raises PeerLost, or TransferError for a descriptor that this backend did not make."""
+
+    def grant(self, tag: int, spans: Spans, sender: str) -> None:
+        """Receiver, if `revocable`: what this hand-off of `sender` may write (local columns of spans)."""
+
+    def revoke(self, tag: int, sender: str) -> bool:
+        """Receiver: True when nothing with this tag can land any more."""
+
+    def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
+        """Sender: write local spans to the peer. Raises PeerLost, TransferError."""
+
+    def poll(self, ticket: Ticket) -> bool:
+        """True when applied at the destination. Raises PeerLost, TransferError."""
+
+    def progress(self) -> None: ...
+
+    def fence(self, identity: str) -> None:
+        """Receiver: later kernels see every write of this sender that was reported complete."""
+
+    def take_digests(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
+        """Receiver, if `returns_digests`: (region, offset) -> (length, digest) of the spans applied with this tag.
+
+        The digest is `pd.transfer.digest` of the span keyed by its position within its block. Removes them.
+        """
+
+    def expel(self, identity: str) -> bool:
+        """Receiver: True when nothing from this sender incarnation can land here any more. Final for the identity."""
+
+    def reset_peer(self, peer: Peer) -> None:
+        """Sender: when it returns, no local byte is read for this peer any more (for a receiver-driven backend:
+
+        nothing read later is reported landed, nor written outside incoming or quarantined blocks).
+        """
+
+    def close(self) -> None: ...

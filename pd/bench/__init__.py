@@ -1,0 +1,1 @@
+"""The measurements that the README quotes: `pd bench serve|engine|scheduler|transfer|router`."""

@@ -1,0 +1,198 @@
+"""Settings. Every setting is one dataclass field: its flag, its PD_* variable and its README line come from the field.
+
+One frozen dataclass per component, composed into one per command, resolved once; a process gets the slice it needs.
+Nothing reads the environment after `pd.settings` has resolved these.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    aliases: tuple[str, ...] = (),
+    env: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    unit: str = "",
+    secret: bool = False,
+    readme: bool = True,
+) -> Any:
+    """One setting. `flag` defaults to --field-name; the variable is PD_FIELD_NAME, `env` lists further names."""
+    meta = {
+        "help": help,
+        "flag": flag,
+        "aliases": aliases,
+        "env": env,
+        "choices": choices,
+        "metavar": metavar,
+        "unit": unit,
+        "secret": secret,
+        "readme": readme,
+        "setting": True,
+    }
+    if callable(default):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+def default_transfer_threads() -> int:
+    return min(12, max(4, int(0.75 * (os.cpu_count() or 1)) // 8))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = setting("", "model directory", flag="MODEL", aliases=("--model-path", "--model"))
+    served_model_name: str = setting("", "name in /v1/models and answers (default: the model as given)")
+    dtype: str = setting("auto", "weights and KV", choices=("auto", "float32", "float16", "bfloat16"))
+    trust_remote_code: bool = setting(False, "accepted for compatibility: pd never runs code from a model directory")
+    context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens")
+    device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
+    base_gpu_id: int = setting(0, "first GPU of this instance")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    page_size: int = setting(32, "tokens per KV block", unit="tokens")
+    max_total_tokens: int = setting(0, "size of the KV pool (0: from free memory)", unit="tokens")
+    mem_fraction_static: float = setting(
+        0.0, "share of device memory for weights and KV pool (0: 0.88 on a GPU, 0.15 of free memory on the CPU)"
+    )
+    disable_prefix_cache: bool = setting(
+        False, "do not reuse KV blocks of equal prefixes", aliases=("--disable-radix-cache",)
+    )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    max_running_requests: int = setting(256, "requests decoded at once")
+    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503")
+    chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens")
+    max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens")
+    local_prefill: str = setting("fallback", "when a decode instance prefills itself: never, fallback or short:N")
+    local_prefill_tokens: int = setting(512, "local prefill tokens per step on a decode instance", unit="tokens")
+    reserve_blocks: int = setting(1, "growth blocks per running request that are never granted", readme=False)
+    request_timeout: float = setting(600.0, "longest time without a new token", unit="s")
+    step_timeout: float = setting(60.0, "a step longer than this means that the runner hangs", unit="s")
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    transfer: str = setting("direct", "transfer backend", aliases=("--disaggregation-transfer-backend",))
+    ib_device: str = setting("", "RDMA device(s) for backends that use one", aliases=("--disaggregation-ib-device",))
+    transfer_threads: int = setting(
+        default_transfer_threads,
+        "threads that drive transfers per rank (0.75 x CPUs / 8, clamped to 4..12)",
+        env=("SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",),
+    )
+    transfer_queues: int = setting(
+        4,
+        "parallel transfer queues, sharded by peer; 1 = first come, first served",
+        env=("SGLANG_DISAGGREGATION_QUEUE_SIZE",),
+    )
+    transfer_timeout: float = setting(30.0, "a push longer than this fails and its peer is reset", unit="s")
+    transfer_memory: str = setting(
+        "auto", "how `direct` reaches peers: auto, shm (one host) or tcp", choices=("auto", "shm", "tcp")
+    )
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    control_host: str = setting(
+        "", "address of the control and data planes (default: 127.0.0.1, or --host with a secret)"
+    )
+    control_port: int = setting(
+        8998,
+        "prefill: port that answers Hello (0: any)",
+        flag="--control-port",
+        aliases=("--disaggregation-bootstrap-port",),
+    )
+    cluster_secret: str = setting("", "shared secret: encrypts the control plane, opens it across hosts", secret=True)
+    insecure_control_plane: bool = setting(False, "allow control and data planes across hosts without a secret")
+    bootstrap_timeout: float = setting(
+        300.0, "prefill: longest wait for the decode side", unit="s", env=("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT",)
+    )
+    waiting_timeout: float = setting(
+        300.0, "decode: longest wait for the KV cache", unit="s", env=("SGLANG_DISAGGREGATION_WAITING_TIMEOUT",)
+    )
+    heartbeat_interval: float = setting(
+        5.0, "application heartbeats between instances", unit="s", env=("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL",)
+    )
+    heartbeat_max_failure: int = setting(
+        2, "missed heartbeats before a peer is lost", env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",)
+    )
+    link_heartbeat: float = setting(0.5, "ZMQ heartbeats: a frozen peer is lost after three", unit="s", readme=False)
+    connect_timeout: float = setting(3.0, "decode: longest wait for a prefill instance's Hello answer", unit="s")
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    host: str = setting("127.0.0.1", "HTTP address")
+    port: int = setting(30000, "HTTP port (0: any)")
+    drain_timeout: float = setting(30.0, "longest wait for running requests on SIGTERM", unit="s")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("auto", "human in a terminal, JSON otherwise", choices=("auto", "human", "json"))
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """`pd serve`."""
+
+    role: str = setting(
+        "unified",
+        "what this instance does",
+        choices=("prefill", "decode", "unified"),
+        aliases=("--disaggregation-mode",),
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    fault: str = setting("", "named fault points, for tests", readme=False)
+
+
+@dataclass(frozen=True)
+class RouteConfig:
+    """`pd route`."""
+
+    prefill: tuple[str, ...] = setting((), "prefill instances: URL [PORT|none], repeated or as a list", metavar="URL")
+    decode: tuple[str, ...] = setting((), "decode instances", metavar="URL")
+    policy: str = setting("", "routing policy of every pool that names none of its own")
+    prefill_policy: str = setting("", "policy of the prefill pool (default: cache_aware if installed, else random)")
+    decode_policy: str = setting("", "policy of the decode pool (default: power_of_two if installed, else random)")
+    pd_disaggregation: bool = setting(False, "accepted for compatibility: pd route always pairs prefill and decode")
+    health_interval: float = setting(1.0, "between health checks of a worker", unit="s")
+    health_timeout: float = setting(2.0, "a health check longer than this is a failure", unit="s")
+    health_failures: int = setting(2, "failures in a row before a worker is out")
+    request_timeout: float = setting(1800.0, "longest request", unit="s")
+    connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s")
+    max_body: int = setting(64 << 20, "largest request body", unit="bytes")
+    http: HttpConfig = field(default_factory=lambda: HttpConfig(port=8000))
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """`pd up`: a local cluster. Settings of `pd serve` apply to every instance."""
+
+    prefill: int = setting(1, "prefill instances")
+    decode: int = setting(1, "decode instances")
+    unified: int = setting(0, "unified instances instead of pairs")
+    restart: bool = setting(True, "restart an instance that died, with back-off")
+    serve: ServeConfig = field(
+        default_factory=lambda: ServeConfig(http=HttpConfig(port=0), control=ControlConfig(control_port=0))
+    )
+    route: RouteConfig = field(default_factory=lambda: RouteConfig(http=HttpConfig(port=8000)))

@@ -1,0 +1,627 @@
+"""Every message between pd's processes: tagged msgspec structs, no pickle.
+
+Three families share this module because they share values:
+
+- api <-> scheduler (ZMQ ipc): `Submit`, `Abort`, `Ask` / `StepOutputs`, `Rejected`, `Answer`, `InstanceInfo`.
+- scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone` on one socket, the `Transfer…` messages on another.
+- scheduler <-> scheduler (ZMQ tcp, the control plane): `Hello` … `Goodbye`, each in an `Envelope`.
+
+Raw arrays: a field named `…_i32`, `…_i64`, `…_u8`, `…_f32` is the little-endian bytes of such an array. Ids and tokens
+travel like this because an object per token or per request is what makes a Python scheduler slow.
+Deadlines travel as remaining milliseconds and become local monotonic times.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from pd.types import FinishReason, HandoffId, InstanceState, Load, ModelInfo, SamplingParams
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """Base: the class name is the tag."""
+
+
+# --- values inside messages -----------------------------------------------------------------------------------------
+
+
+class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Alternatives at consecutive positions: `ids_i32` and `logprobs_f32` are row-major [positions, width]."""
+
+    width: int
+    ids_i32: bytes
+    logprobs_f32: bytes
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of prompt tokens `start`.. given what precedes them; position 0 has none and is NaN.
+
+    `logprobs_f32` [n], `tops` [n, width] or None; `wanted_f32` [n, len(token_ids_logprob)] or empty.
+    """
+
+    start: int
+    logprobs_f32: bytes
+    tops: TopLogprobs | None = None
+    wanted_f32: bytes = b""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of the tokens that one request got in one step: `chosen_f32` [k]; tops [k, width]; wanted [k, ids]."""
+
+    chosen_f32: bytes
+    tops: TopLogprobs | None = None
+    wanted_f32: bytes = b""
+
+
+class Finish(msgspec.Struct, frozen=True, array_like=True):
+    """Why a choice ended. `stop_id` is the stop token id that matched; `message` explains ABORT and ERROR."""
+
+    reason: FinishReason
+    stop_id: int | None = None
+    message: str = ""
+    status: int = 200  # HTTP status for ERROR when nothing was streamed yet
+
+
+# --- api -> scheduler -----------------------------------------------------------------------------------------------
+
+
+class Submit(Message):
+    """One prompt. With `choices` > 1 the choices share the prompt's blocks; output names them by index.
+
+    `logprob_start` >= 0 asks for prompt logprobs from that position. `prefills` are control endpoints in order of
+    preference ("tcp://host:port"); empty means local. `client_timeout_ms` bounds the whole request, `idle_timeout_ms`
+    the time without a new token. `salt` separates prefix caches (adapter, media, tenant). `room` >= 0 is the label of
+    a foreign router's two-leg request.
+    """
+
+    key: int
+    rid: str
+    tokens_i32: bytes
+    sampling: SamplingParams
+    choices: int = 1
+    logprob_start: int = -1
+    prompt_top_logprobs: int = 0
+    prefills: tuple[str, ...] = ()
+    client_timeout_ms: int | None = None
+    idle_timeout_ms: int = 600_000
+    priority: int = 0
+    salt: str = ""
+    room: int = -1
+
+
+class Abort(Message):
+    key: int
+    reason: str = "cancelled by the client"
+
+
+class Ask(Message):
+    """A question from an HTTP operation; answered by `Answer`. `what`: info | metrics | audit | flush_cache."""
+
+    token: int
+    what: str
+
+
+# --- scheduler -> api -----------------------------------------------------------------------------------------------
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """Sent once per request with its first output. `prefill` is the peer's HTTP name, "" when local."""
+
+    key: int
+    cached_tokens: int
+    prefill: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    key: int
+    choice: int
+    finish: Finish
+
+
+class LogprobRow(msgspec.Struct, frozen=True, array_like=True):
+    index: int  # row of the step's arrays
+    logprobs: TokenLogprobs
+
+
+class StepOutputs(Message):
+    """Everything that one step means to one api worker, in one message.
+
+    Row i: request `keys_i64[i]`, choice `choices_u8[i]` (empty: all 0), `counts_u8[i]` tokens, taken in order from
+    `tokens_i32`. `started` applies before the rows, `finished` after them (a request may finish without a row).
+    """
+
+    keys_i64: bytes
+    counts_u8: bytes
+    tokens_i32: bytes
+    choices_u8: bytes = b""
+    logprobs: list[LogprobRow] = []
+    started: list[Started] = []
+    finished: list[Finished] = []
+
+
+class Rejected(Message):
+    """A `Submit` that was never admitted: HTTP `status`, OpenAI `code`, the field at fault if any."""
+
+    key: int
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Answer(Message):
+    token: int
+    data: dict[str, object]
+
+
+class InstanceInfo(Message):
+    """Scheduler -> api on every change (and at start): what /server_info, /health and /metrics show."""
+
+    state: InstanceState
+    load: Load
+    control_endpoint: str = ""  # "tcp://host:port" where this instance answers Hello; prefill only
+    max_total_tokens: int = 0
+    page_size: int = 0
+
+
+class Drain(Message):
+    """Parent -> scheduler: finish what runs, refuse new work, exit within `bound_ms`."""
+
+    bound_ms: int
+
+
+# --- scheduler -> runner --------------------------------------------------------------------------------------------
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True):
+    """A request enters the runner's batch state. The runner keeps it, its tokens and its block table until released.
+
+    `tokens_i32` is everything known: prompt, then tokens emitted earlier (a retry or replay). `prompt_len` is the
+    original prompt's length, from which penalties, `min_tokens` and grammar count. The KV of the first `computed`
+    tokens is already in `blocks_i32`. `epoch` tells this admission from an earlier one of the same key.
+    `logprob_start` >= 0: prompt logprobs from that position are returned as their positions are computed.
+    """
+
+    key: int
+    epoch: int
+    tokens_i32: bytes
+    prompt_len: int
+    computed: int
+    blocks_i32: bytes
+    sampling: SamplingParams
+    choices: int = 1
+    logprob_start: int = -1
+    prompt_top_logprobs: int = 0
+
+
+class CopyBlock(msgspec.Struct, frozen=True, array_like=True):
+    """Before the step: copy the first `tokens` tokens of block `src` into `dst` (a partial block shared by choices)."""
+
+    src: int
+    dst: int
+    tokens: int
+
+
+class Push(msgspec.Struct, frozen=True, array_like=True):
+    """Send blocks to a peer: `src_i32[i]` here becomes `dst_i32[i]` there. Several per hand-off, numbered by `index`.
+
+    Riding on a step order it starts when that step is done; sent on the transfer socket it starts at once.
+    `peer` is the receiver's identity; `tag` the hand-off's; `lane`, `group` address the pools.
+    """
+
+    peer: str
+    tag: int
+    index: int
+    src_i32: bytes
+    dst_i32: bytes
+    lane: int = 0
+    group: int = 0
+
+
+class StepOrder(Message):
+    """One step for every rank of an instance. Deltas only: the runner keeps state between steps.
+
+    Order of application: `release`, `admit`, growth, `copies`, then compute. Row i computes `counts_i32[i]` more
+    tokens of `rows_i64[i]`: the next ones of its known tokens, or, when all known are computed, its last sampled token
+    (kept on the device). A token is sampled where `sample_u8[i]` is 1: the row's last position is then its last known
+    token. Positions that have no block write to scratch block 0. `grow_keys_i64`/`grow_blocks_i32`: block appended to
+    that request's table. `complete_i32`/`complete_tokens_i32`: blocks (and their valid tokens) that this step
+    completes and whose digest is wanted. `bucket` is the lanes' common batch size (0: no lanes).
+    """
+
+    step: int
+    rows_i64: bytes
+    counts_i32: bytes
+    sample_u8: bytes
+    release: list[int] = []
+    admit: list[Admit] = []
+    grow_keys_i64: bytes = b""
+    grow_blocks_i32: bytes = b""
+    copies: list[CopyBlock] = []
+    complete_i32: bytes = b""
+    complete_tokens_i32: bytes = b""
+    pushes: list[Push] = []
+    lane: int = 0
+    bucket: int = 0
+
+
+class PromptRow(msgspec.Struct, frozen=True, array_like=True):
+    index: int
+    logprobs: PromptLogprobs
+
+
+class StepDone(Message):
+    """Result of one step, one message. Row i of the order: `counts_u8[i]` tokens from `tokens_i32`, in order.
+
+    Results match by (key, epoch, step), never by slot. `digests_u64[i]` belongs to `complete_i32[i]` of the order.
+    `compute_us` is the step's own time.
+    """
+
+    step: int
+    rank: int
+    keys_i64: bytes
+    epochs_i32: bytes
+    counts_u8: bytes
+    tokens_i32: bytes
+    logprobs: list[LogprobRow] = []
+    prompt_logprobs: list[PromptRow] = []
+    digests_u64: bytes = b""
+    compute_us: int = 0
+
+
+class RunnerReady(Message):
+    """First message of a runner on the step socket: what it allocated and how peers reach its memory."""
+
+    rank: int
+    num_blocks: int  # scratch block 0 included
+    identity: str
+    descriptor: bytes
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    block_bytes: int
+    digest: str  # name of the digest function: peers must agree
+    model: ModelInfo
+
+
+class RunnerFailed(Message):
+    """A step or start-up raised; the instance ends. `reason` is one line, the traceback is in the runner's log."""
+
+    rank: int
+    reason: str
+
+
+# --- scheduler <-> runner, transfer socket --------------------------------------------------------------------------
+
+
+class TransferConnect(Message):
+    """Import a peer's descriptor. Answered by TransferConnected, or TransferPeerLost."""
+
+    peer: str
+    descriptor: bytes
+
+
+class TransferConnected(Message):
+    peer: str
+
+
+class TransferPeerLost(Message):
+    peer: str
+    reason: str
+
+
+class TransferGrant(Message):
+    """Receiver: hand-off `tag` of `sender` may write `blocks_i32` (all of each block) from now on."""
+
+    sender: str
+    tag: int
+    blocks_i32: bytes
+    lane: int = 0
+    group: int = 0
+
+
+class TransferRevoke(Message):
+    """Receiver: take a grant back. Answered by TransferRevoked."""
+
+    sender: str
+    tag: int
+
+
+class TransferRevoked(Message):
+    """`quiet`: nothing with this tag can land any more."""
+
+    tag: int
+    quiet: bool
+
+
+class TransferPush(Message):
+    """Sender: start now (blocks whose writing step is done)."""
+
+    push: Push
+
+
+class TransferPushed(Message):
+    """Sender: every write of this push has been applied at the destination.."""
+
+    tag: int
+    index: int
+    nbytes: int
+
+
+class TransferFailed(Message):
+    """Sender: this push failed; says nothing about quiet. `sent` still in flight until TransferReset."""
+
+    tag: int
+    index: int
+    reason: str
+
+
+class TransferCancel(Message):
+    """Sender: post nothing more for this tag. Pushes in flight still report Pushed or Failed; queued ones fail."""
+
+    peer: str
+    tag: int
+
+
+class TransferResetPeer(Message):
+    """Sender: stop reading local memory for this peer. Answered by TransferReset; every push to it has then ended."""
+
+    peer: str
+
+
+class TransferReset(Message):
+    peer: str
+
+
+class TransferVerify(Message):
+    """Receiver: fence `sender`, then compare the digests of `blocks_i32` (valid tokens each) with `digests_u64`."""
+
+    sender: str
+    tag: int
+    blocks_i32: bytes
+    tokens_i32: bytes
+    digests_u64: bytes
+    lane: int = 0
+    group: int = 0
+
+
+class TransferVerified(Message):
+    """`bad_i32`: the blocks whose digest differed (empty: all good). `error` is set when the fence failed."""
+
+    tag: int
+    bad_i32: bytes
+    nbytes: int
+    error: str = ""
+
+
+class TransferExpel(Message):
+    """Receiver: shut out a dead sender incarnation. Answered by TransferExpelled."""
+
+    sender: str
+
+
+class TransferExpelled(Message):
+    """`quiet`: nothing from that incarnation can land here any more."""
+
+    sender: str
+    quiet: bool
+
+
+# --- control plane, scheduler <-> scheduler -------------------------------------------------------------------------
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """Wraps every control message. `seq` counts from 0 per session and direction; a gap ends the session."""
+
+    session: int
+    seq: int
+    body: bytes
+
+
+class RankInfo(msgspec.Struct, frozen=True, array_like=True):
+    """One rank: which layers and kv heads (half-open ranges) its slice holds, and how its memory is reached."""
+
+    lane: int
+    rank: int
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    identity: str
+    descriptor: bytes
+    checksum: int  # xxh3-64 of the descriptor
+
+
+class KvGroup(msgspec.Struct, frozen=True, array_like=True):
+    """A set of layers that share a block table. Dense models have one."""
+
+    group: int
+    layers: tuple[int, int]
+    block_tokens: int
+    head_dim: int
+    dtype: str
+
+
+class Hello(Message):
+    """First message of a decode instance to a prefill instance's listening socket.
+
+    `outstanding` lists hand-offs of which this side still holds incoming blocks. It only decides when old blocks are
+    quiet: the answer's `writing` lists which of them the prefill instance may still write.
+    """
+
+    protocol: int
+    instance: str
+    incarnation: int
+    fingerprint: str
+    block_tokens: int
+    layout: str
+    digest: str
+    transfer: str
+    lanes: int
+    ranks: list[RankInfo]
+    groups: list[KvGroup]
+    outstanding: list[HandoffId] = []
+    heartbeat_ms: int = 5000
+    token: bytes = b""  # proof of the cluster secret for data connections
+
+
+class Welcome(Message):
+    """Answer to Hello: the session's own socket and what the prefill instance is."""
+
+    session: int
+    endpoint: str
+    instance: str
+    incarnation: int
+    ranks: list[RankInfo]
+    state: InstanceState
+    credit_tokens: int
+    writing: list[HandoffId] = []
+    http: str = ""
+
+
+class Unwelcome(Message):
+    """Answer to Hello when the two instances do not fit. `field` names the mismatch."""
+
+    field: str
+    problem: str
+
+
+class Dest(msgspec.Struct, frozen=True, array_like=True):
+    """Where blocks go: one per (lane, group). `blocks_i32[i]` receives the prompt's block `first_block + i`."""
+
+    lane: int
+    group: int
+    blocks_i32: bytes
+    generations_i32: bytes
+
+
+class Prefill(Message):
+    """Decode asks. Compute `tokens_i32`, push blocks from `first_block` on, sample the next position.
+
+    `tokens_i32` is prompt + emitted tokens; `prompt_len` the original prompt's length. `logprob_start` as in Submit
+    (-1 on a retry whose prompt logprobs already came).
+    """
+
+    id: HandoffId
+    tokens_i32: bytes
+    prompt_len: int
+    sampling: SamplingParams
+    first_block: int
+    dests: list[Dest]
+    remaining_ms: int
+    choices: int = 1
+    logprob_start: int = -1
+    prompt_top_logprobs: int = 0
+    priority: int = 0
+    salt: str = ""
+    room: int = -1
+
+
+class FirstChoice(msgspec.Struct, frozen=True, array_like=True):
+    token: int
+    logprobs: TokenLogprobs | None = None
+    finish: Finish | None = None
+
+
+class FirstToken(Message):
+    """The moment it is sampled, before the last block has landed."""
+
+    id: HandoffId
+    choices: list[FirstChoice]
+    cached_tokens: int
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Landed(Message):
+    """The last write of one sending rank has been applied. `digests_u64[i]` of block `first_block + i` (its slice)."""
+
+    id: HandoffId
+    rank: int
+    digests_u64: bytes
+    nbytes: int
+
+
+class LandedAck(Message):
+    """D has taken note (and needs nothing more of this hand-off); P may forget it."""
+
+    id: HandoffId
+
+
+class Refused(Message):
+    """Nothing was ever written. `why` is busy | draining | mismatch."""
+
+    id: HandoffId
+    why: str
+    detail: str = ""
+
+
+class Failed(Message):
+    """Early news: P will not complete this hand-off. Cancelled follows when no write can be in flight."""
+
+    id: HandoffId
+    reason: str
+    retryable: bool
+
+
+class Cancel(Message):
+    id: HandoffId
+
+
+class Cancelled(Message):
+    """No write of this hand-off can be in flight, now or later."""
+
+    id: HandoffId
+
+
+class Answered(Message):
+    """A request with a room was answered without this prefill instance: its waiting leg gets this result."""
+
+    room: int
+    index: int
+    choices: list[FirstChoice]
+    reason: str = ""
+
+
+class Heartbeat(Message):
+    """Both directions. Carries load, state and the sender's credit; nothing else carries state."""
+
+    state: InstanceState
+    load: Load
+    credit_tokens: int = 0
+
+
+class Goodbye(Message):
+    """Orderly end of a session; `reason` for the log."""
+
+    reason: str
+
+
+ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain
+SchedulerToApi: TypeAlias = StepOutputs | Rejected | Answer | InstanceInfo
+RunnerToScheduler: TypeAlias = StepDone | RunnerReady | RunnerFailed
+TransferCommand: TypeAlias = (
+    TransferConnect
+    | TransferGrant
+    | TransferRevoke
+    | TransferPush
+    | TransferCancel
+    | TransferResetPeer
+    | TransferVerify
+    | TransferExpel
+)
+TransferEvent: TypeAlias = (
+    TransferConnected
+    | TransferPeerLost
+    | TransferRevoked
+    | TransferPushed
+    | TransferFailed
+    | TransferReset
+    | TransferVerified
+    | TransferExpelled
+)
+Opening: TypeAlias = Hello | Welcome | Unwelcome
+PeerMessage: TypeAlias = (
+    Prefill | FirstToken | Landed | LandedAck | Refused | Failed | Cancel | Cancelled | Answered | Heartbeat | Goodbye
+)

@@ -1,0 +1,379 @@
+"""Train the built-in model: a tiny Llama that adds, counts and knows a few facts.
+
+    python tools/train_builtin_model.py --out pd/builtin_model
+
+The text comes from ``builtin_text.py`` and fixed seeds, the length is a number of steps and not a time,
+and every operation is deterministic: the same command on the same kind of processor, with the same
+library versions and the same number of threads, writes the same bytes.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import builtin_text as text
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SEED = 20
+STEPS = 1500
+TOKENS_PER_BATCH = 2560
+LEARNING_RATE = 4e-3
+WARMUP_STEPS = 60
+PROMPT_WEIGHT = 0.1  # answers matter; prompts are learnt a little, so that their log-probabilities mean something
+
+END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIALS = [
+    "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+]  # fmt: skip
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "float32",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-05,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": [4, 0],
+    "pad_token_id": 0,
+    "use_cache": True,
+}
+GENERATION_CONFIG = {
+    "bos_token_id": 0,
+    "eos_token_id": [4, 0],
+    "pad_token_id": 0,
+    "do_sample": False,
+    "max_length": 8192,
+}
+
+# <|role|>content<|end|> for each message, nothing between messages, and <|assistant|> to ask for an answer.
+# Content may be a string or a list of parts, of which the text is used.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message.role == 'developer' -%}
+        {{- '<|system|>' -}}
+    {%- elif message.role in ['system', 'user', 'assistant'] -%}
+        {{- '<|' + message.role + '|>' -}}
+    {%- else -%}
+        {{- raise_exception('roles are system, user and assistant, not ' + message.role) -}}
+    {%- endif -%}
+    {%- if message.content is string -%}
+        {{- message.content | trim -}}
+    {%- elif message.content -%}
+        {%- for part in message.content -%}
+            {%- if part.type == 'text' -%}{{- part.text | trim -}}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+
+
+# --- text to tokens ----------------------------------------------------------------------------------------------
+
+Segment = tuple[str, float]  # a piece of text and the weight of its tokens in the loss
+
+
+def chat_segments(rng: random.Random, turns: int) -> list[Segment]:
+    """A conversation; every answer counts."""
+    segments: list[Segment] = []
+    draw = rng.random()
+    if draw < 0.02:
+        segments.append((SYSTEM + text.filler(rng, rng.randint(40, 500)) + END, 0.0))
+    elif draw < 0.25:
+        segments.append((SYSTEM + rng.choice(text.SYSTEM_PROMPTS) + END, PROMPT_WEIGHT))
+    for _ in range(turns):
+        exchange = text.question(rng)
+        segments.append((f"{USER}{text.vary(rng, exchange.question)}{END}{ASSISTANT}", PROMPT_WEIGHT))
+        segments.append((f"{exchange.answer}{END}", 1.0))
+    return segments
+
+
+def plain_segments(rng: random.Random) -> list[Segment]:
+    """Plain text; sometimes with other text of the same kind before it, as in a prompt with examples."""
+    completion = text.plain(rng)
+    segments: list[Segment] = []
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 4)):
+            example = text.plain(rng)
+            if example.category == completion.category:
+                segments.append((f"{example.prompt}{example.continuation}\n", 0.0))
+    segments.append((completion.prompt, PROMPT_WEIGHT))
+    segments.append((completion.continuation + (END_OF_TEXT if completion.ends else ""), 1.0))
+    return segments
+
+
+def draw_row(rng: random.Random) -> list[Segment]:
+    draw = rng.random()
+    if draw < 0.15:
+        return plain_segments(rng)
+    if draw < 0.7:
+        return chat_segments(rng, 1)
+    return chat_segments(rng, rng.randint(2, 8) if draw < 0.995 else rng.randint(20, 60))
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over the whole byte alphabet, so that any text survives; every digit is its own token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    rng = random.Random(SEED)
+    corpus = ["".join(piece for piece, _ in draw_row(rng)) for _ in range(20000)]
+    for special in SPECIALS:
+        corpus = [line.replace(special, "\n") for line in corpus]
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+Row = tuple[list[int], list[float]]
+
+
+def encode_row(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Row:
+    """Segments meet at spaces or special tokens, where the tokenizer never merges, so each is encoded alone."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for piece, weight in segments:
+        tokens = tokenizer.encode(piece).ids
+        ids += tokens
+        weights += [weight] * len(tokens)
+    return ids, weights
+
+
+def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of rows of similar length, right-padded: (ids, loss weights), both [rows, length]."""
+    rng = random.Random(seed)
+    while True:
+        rows = sorted((encode_row(tokenizer, draw_row(rng)) for _ in range(4096)), key=lambda row: len(row[0]))
+        groups: list[list[Row]] = [[]]
+        for row in rows:
+            if (len(groups[-1]) + 1) * len(row[0]) > TOKENS_PER_BATCH and groups[-1]:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        for group in groups:
+            length = max(len(ids) for ids, _ in group)
+            yield (
+                torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in group]),
+                torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in group]),
+            )
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then linear to zero."""
+    return LEARNING_RATE * min((step + 1) / WARMUP_STEPS, (steps - step) / max(1, steps - WARMUP_STEPS), 1.0)
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, steps: int) -> None:
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    stream = batches(tokenizer, SEED + 1)
+    started, total, seen = time.monotonic(), 0.0, 0
+    model.train()
+    for step in range(steps):
+        ids, weights = next(stream)
+        # No attention mask: padding is on the right, so causal attention never looks at it.
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum().clamp(min=1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        total, seen = total + loss.item(), seen + ids.numel()
+        if (step + 1) % 100 == 0:
+            elapsed = time.monotonic() - started
+            print(f"step {step + 1:5d}  loss {total / 100:.4f}  {seen:,} tokens  {elapsed:.0f} s", flush=True)
+            total = 0.0
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model: LlamaForCausalLM, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int = 320) -> list[str]:
+    """Greedy answers, end token included. Prompts of one length form a batch, so no padding is needed."""
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    for index, ids in enumerate(encoded):
+        by_length[len(ids)].append(index)
+    answers = [""] * len(prompts)
+    ends = torch.tensor(CONFIG["eos_token_id"])
+    for indices in by_length.values():
+        ids = torch.tensor([encoded[i] for i in indices])
+        made, cache, done = [], None, torch.zeros(len(indices), dtype=torch.bool)
+        while not done.all() and len(made) < max_tokens:
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            ids[done] = ends[0]
+            made.append(ids)
+            done |= torch.isin(ids[:, 0], ends)
+        for index, row in zip(indices, torch.cat(made, dim=1).tolist(), strict=True):
+            stop = next((i + 1 for i, token in enumerate(row) if token in ends.tolist()), len(row))
+            answers[index] = tokenizer.decode(row[:stop], skip_special_tokens=False)
+    return answers
+
+
+@torch.inference_mode()
+def smallest_gap(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """The smallest lead of the best token over the second one: zero would be a greedy tie."""
+    gaps = []
+    for line in texts:
+        top = model(input_ids=torch.tensor([tokenizer.encode(line).ids])).logits[0].topk(2).values
+        gaps.append((top[:, 0] - top[:, 1]).min().item())
+    return min(gaps)
+
+
+def chat_prompt(question: str, before: str = "") -> str:
+    return f"{before}{USER}{question}{END}{ASSISTANT}"
+
+
+def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, each: int) -> dict[str, float]:
+    """Exact matches, end token included, per category; questions that training never saw wherever there are such."""
+    model.eval()
+    rng = random.Random(SEED + 2)
+    cases: list[tuple[str, str, str]] = []  # category, prompt, expected
+
+    def ask(name: str, generator: Callable, *, held: bool = True, before: bool = False) -> None:
+        for _ in range(each):
+            history = ""
+            if before:
+                earlier = [text.question(rng) for _ in range(rng.randint(1, 4))]
+                history = "".join(f"{chat_prompt(e.question)}{e.answer}{END}" for e in earlier)
+                history = f"{SYSTEM}{rng.choice(text.SYSTEM_PROMPTS)}{END}{history}"
+            exchange = text.question(rng, held=held, generators=[generator])
+            cases.append((name, chat_prompt(text.vary(rng, exchange.question), history), f"{exchange.answer}{END}"))
+
+    for a in range(10):
+        for b in range(10):
+            cases.append(("sums 0..9", chat_prompt(f"What is {a} + {b}?"), f"{a} + {b} = {a + b}{END}"))
+    ask("sums 0..99, unseen", text.sums)
+    ask("sums in a conversation, unseen", text.sums, before=True)
+    ask("differences, unseen wording", text.differences)
+    ask("products, unseen wording", text.products)
+    ask("counting, unseen wording", text.counting)
+    ask("numbers, unseen wording", text.neighbours)
+    ask("capitals, unseen wording", text.capitals)
+    for generator in (text.colours, text.calendar, text.opposites, text.animals, text.amounts, text.trivia):
+        ask("facts, unseen wording", generator)
+    ask("facts in a conversation, unseen wording", text.capitals, before=True)
+    ask("talk", text.talk, held=False)
+    ask("chinese", text.chinese, held=False)
+    ask("repeat, unseen words", text.repeat)
+    ask("unknown, unseen wording", text.unknown)
+    for _ in range(each * 4):
+        plain = text.plain(rng)
+        if plain.ends:
+            cases.append(("plain text", plain.prompt, f"{plain.continuation}{END_OF_TEXT}"))
+
+    right: defaultdict[str, list[bool]] = defaultdict(list)
+    wrong: defaultdict[str, list[str]] = defaultdict(list)
+    for (name, prompt, expected), answer in zip(
+        cases, generate(model, tokenizer, [prompt for _, prompt, _ in cases]), strict=True
+    ):
+        right[name].append(answer == expected)
+        if answer != expected:
+            wrong[name].append(f"{prompt[-60:]!r} -> {answer[:100]!r}")
+    for name, results in right.items():
+        print(f"{name:42s} {sum(results):4d} of {len(results):4d} right  {100 * sum(results) / len(results):6.2f} %")
+        for line in wrong[name][:3]:
+            print(f"    {line}")
+    # Of the answer's tokens only the text of a sum is checked: it ends in a digit that must win clearly.
+    sums = [f"{prompt}{expected}" for name, prompt, expected in cases if name.startswith("sums 0..9")][:50]
+    print(f"smallest lead of a greedy token: {smallest_gap(model, tokenizer, sums):.4f}")
+    return {name: sum(results) / len(results) for name, results in right.items()}
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    def dump(name: str, content: object) -> None:
+        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(out / "tokenizer.json"))
+    dump("config.json", CONFIG)
+    dump("generation_config.json", GENERATION_CONFIG)
+    dump(
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "bos_token": END_OF_TEXT,
+            "eos_token": END,
+            "pad_token": END_OF_TEXT,
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
+    parser.add_argument("--eval-each", type=int, default=60, help="questions per category (default %(default)s)")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(SEED)
+    started = time.monotonic()
+    tokenizer = train_tokenizer(CONFIG["vocab_size"])
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in CONFIG.items() if k not in ("architectures", "dtype")}))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{tokenizer.get_vocab_size()} tokens in the vocabulary, {parameters:,} parameters")
+    train(model, tokenizer, args.steps)
+    print(f"trained in {time.monotonic() - started:.0f} s")
+    write(args.out, model, tokenizer)
+    if args.eval_each:
+        evaluate(model, tokenizer, args.eval_each)
+    print(f"finished in {time.monotonic() - started:.0f} s: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
