@@ -1,0 +1,134 @@
+"""Facts that reach the scheduler. Every event carries `now`, a monotonic time in seconds: the machine has no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from pd import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSubmitted:
+    now: float
+    submit: m.Submit
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    now: float
+    key: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    now: float
+    worker: int
+    ask: m.Ask
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLost:
+    """An api worker died: its requests have no client any more."""
+
+    now: float
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    now: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerUp:
+    now: float
+    ready: m.RunnerReady
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    now: float
+    done: m.StepDone
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerDied:
+    now: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSaid:
+    now: float
+    event: m.TransferEvent
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReceived:
+    """Prefill side: a decode instance introduces itself on connection `conn` of the listening socket."""
+
+    now: float
+    conn: int
+    hello: m.Hello
+
+
+@dataclass(frozen=True, slots=True)
+class SessionUp:
+    """Decode side: `endpoint` answered the Hello; messages may be sent on `session`."""
+
+    now: float
+    endpoint: str
+    welcome: m.Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRefused:
+    """Decode side: no session with `endpoint`: unreachable, no answer in time, or a mismatch (`permanent`)."""
+
+    now: float
+    endpoint: str
+    reason: str
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDown:
+    """Both sides: the session's connection closed, had a gap, or its pipe was full. Nothing more comes from it."""
+
+    now: float
+    session: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSaid:
+    now: float
+    session: int
+    message: m.PeerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    now: float
+
+
+Event: TypeAlias = (
+    RequestSubmitted
+    | AbortRequested
+    | Asked
+    | ApiLost
+    | DrainRequested
+    | RunnerUp
+    | StepFinished
+    | RunnerDied
+    | TransferSaid
+    | HelloReceived
+    | SessionUp
+    | SessionRefused
+    | SessionDown
+    | PeerSaid
+    | Tick
+)
