@@ -299,10 +299,14 @@ class RunnerFailed(Message):
 
 
 class TransferConnect(Message):
-    """Import a peer's descriptor. Answered by TransferConnected, or TransferPeerLost."""
+    """Import a peer's descriptor. Answered by TransferConnected, or TransferPeerLost.
+
+    `kv_heads`: the half-open range of kv heads that the peer's blocks hold; (0, 0) means the same as here.
+    """
 
     peer: str
     descriptor: bytes
+    kv_heads: tuple[int, int] = (0, 0)
 
 
 class TransferConnected(Message):
@@ -336,6 +340,7 @@ class TransferRevoked(Message):
 
     tag: int
     quiet: bool
+    sender: str = ""
 
 
 class TransferPush(Message):
@@ -345,11 +350,12 @@ class TransferPush(Message):
 
 
 class TransferPushed(Message):
-    """Sender: every write of this push has been applied at the destination.."""
+    """Sender: every write of this push has been applied at the destination."""
 
     tag: int
     index: int
     nbytes: int
+    peer: str = ""
 
 
 class TransferFailed(Message):
@@ -358,6 +364,7 @@ class TransferFailed(Message):
     tag: int
     index: int
     reason: str
+    peer: str = ""
 
 
 class TransferCancel(Message):
@@ -378,7 +385,11 @@ class TransferReset(Message):
 
 
 class TransferVerify(Message):
-    """Receiver: fence `sender`, then compare the digests of `blocks_i32` (valid tokens each) with `digests_u64`."""
+    """Receiver: fence `sender`, then compare the digests of `blocks_i32` (valid tokens each) with `digests_u64`.
+
+    Ends the tag's grant first: nothing lands after it was verified. `kv_heads` is the sender's half-open range (its
+    slice of each block is compared); (0, 0) means all heads of this rank. Empty `digests_u64`: only compute.
+    """
 
     sender: str
     tag: int
@@ -387,15 +398,21 @@ class TransferVerify(Message):
     digests_u64: bytes
     lane: int = 0
     group: int = 0
+    kv_heads: tuple[int, int] = (0, 0)
 
 
 class TransferVerified(Message):
-    """`bad_i32`: the blocks whose digest differed (empty: all good). `error` is set when the fence failed."""
+    """`bad_i32`: the blocks whose digest differed (empty: all good). `error` is set when the fence failed.
+
+    `digests_u64`: what was computed here, in the order asked.
+    """
 
     tag: int
     bad_i32: bytes
     nbytes: int
     error: str = ""
+    sender: str = ""
+    digests_u64: bytes = b""
 
 
 class TransferExpel(Message):

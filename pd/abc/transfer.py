@@ -38,7 +38,8 @@ class Region:
     """One registered span of memory. `index` is what Spans name; assigned by the core in registration order.
 
     `address` is a host or device pointer; `buffer` a writable memoryview for host memory, else None. `owner` keeps the
-    memory alive.
+    memory alive. `block_bytes` and `first_word` place digests: a span's bytes at offset o are keyed by the word
+    `first_word + o % block_bytes / 8` of their block; 0 asks for no digests in this region.
     """
 
     index: int
@@ -47,6 +48,8 @@ class Region:
     device: str  # "cpu", "cuda:0", …
     buffer: memoryview | None = None
     owner: Any = field(default=None, repr=False, compare=False)
+    block_bytes: int = 0
+    first_word: int = 0
 
 
 class Peer(Protocol):
@@ -67,7 +70,10 @@ class DeviceMemory(Protocol):
     def device(self) -> str: ...
 
     def digest(self, regions: Sequence[Region], spans: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> Any:
-        """Digest of spans (uint64[n, 3]: region, offset, length), see `pd.transfer.digest`; returns uint64[n]."""
+        """Digest of spans (uint64[n, 3]: region, offset, length), see `pd.transfer.digest`; returns uint64[n].
+
+        `keys[i]` is the position, in 64-bit words, of span i's first word within its block.
+        """
 
     def copy(self, region: Region, offset: int, buffer: memoryview, *, to_device: bool) -> None:
         """Copy between device memory and a host buffer; returns when done (staging)."""
@@ -139,9 +145,10 @@ class TransferBackend(Protocol):
         """Receiver: later kernels see every write of this sender that was reported complete."""
 
     def take_digests(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
-        """Receiver, if `returns_digests`: (region, offset) -> (length, digest) of the spans applied with this tag.
+        """Receiver, if `returns_digests`: (region, offset) -> (length, digest) of what was applied with this tag.
 
-        The digest is `pd.transfer.digest` of the span keyed by its position within its block. Removes them.
+        Spans are cut at block boundaries; the digest is `pd.transfer.digest` of each piece, keyed by its position
+        within its block. Removes them. Pieces without an entry are digested by the core.
         """
 
     def expel(self, identity: str) -> bool:

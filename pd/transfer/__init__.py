@@ -1,0 +1,1 @@
+"""The data plane: the core around a transfer backend, and the built-in backend `direct`."""
