@@ -296,6 +296,7 @@ class RunnerFailed(Message):
 
 
 # --- scheduler <-> runner, transfer socket --------------------------------------------------------------------------
+# Every rank gets every command. `rank` of an event is the local rank that speaks.
 
 
 class TransferConnect(Message):
@@ -311,11 +312,13 @@ class TransferConnect(Message):
 
 class TransferConnected(Message):
     peer: str
+    rank: int = 0
 
 
 class TransferPeerLost(Message):
     peer: str
     reason: str
+    rank: int = 0
 
 
 class TransferGrant(Message):
@@ -341,6 +344,7 @@ class TransferRevoked(Message):
     tag: int
     quiet: bool
     sender: str = ""
+    rank: int = 0
 
 
 class TransferPush(Message):
@@ -356,15 +360,18 @@ class TransferPushed(Message):
     index: int
     nbytes: int
     peer: str = ""
+    rank: int = 0
 
 
 class TransferFailed(Message):
-    """Sender: this push failed; says nothing about quiet. `sent` still in flight until TransferReset."""
+    """Sender: this push failed. `quiet`: it never started. Otherwise writes may be in flight until TransferReset."""
 
     tag: int
     index: int
     reason: str
     peer: str = ""
+    quiet: bool = False
+    rank: int = 0
 
 
 class TransferCancel(Message):
@@ -382,6 +389,7 @@ class TransferResetPeer(Message):
 
 class TransferReset(Message):
     peer: str
+    rank: int = 0
 
 
 class TransferVerify(Message):
@@ -413,6 +421,7 @@ class TransferVerified(Message):
     error: str = ""
     sender: str = ""
     digests_u64: bytes = b""
+    rank: int = 0
 
 
 class TransferExpel(Message):
@@ -426,6 +435,7 @@ class TransferExpelled(Message):
 
     sender: str
     quiet: bool
+    rank: int = 0
 
 
 # --- control plane, scheduler <-> scheduler -------------------------------------------------------------------------
@@ -448,7 +458,7 @@ class RankInfo(msgspec.Struct, frozen=True, array_like=True):
     kv_heads: tuple[int, int]
     identity: str
     descriptor: bytes
-    checksum: int  # xxh3-64 of the descriptor
+    checksum: int  # blake2b-64 of the descriptor
 
 
 class KvGroup(msgspec.Struct, frozen=True, array_like=True):
