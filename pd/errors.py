@@ -88,3 +88,19 @@ class PeerLost(TransferError):
     def __init__(self, identity: str, reason: str) -> None:
         self.identity = identity
         super().__init__(f"peer {identity}: {reason}")
+
+
+class ChannelFull(PdError):
+    """A message could not be queued: the peer does not read, or is not connected. Nothing was sent."""
+
+    def __init__(self, channel: str) -> None:
+        self.channel = channel
+        super().__init__(f"channel {channel} is full")
+
+
+class ChannelClosed(PdError):
+    """The channel was closed here, or the addressed peer is gone. Nothing was sent."""
+
+    def __init__(self, channel: str, reason: str = "closed") -> None:
+        self.channel, self.reason = channel, reason
+        super().__init__(f"channel {channel}: {reason}")

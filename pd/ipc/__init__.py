@@ -1,0 +1,1 @@
+"""How pd's processes talk: typed messages over ZMQ sockets, and shared memory."""
