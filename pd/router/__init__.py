@@ -1,0 +1,1 @@
+"""`pd route`: one HTTP leg from client to decode instance, with the prefill instance named in a header."""

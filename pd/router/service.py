@@ -1,0 +1,199 @@
+"""`pd route`: the process around the data path. Listens, checks workers, stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import structlog
+import uvloop
+
+from pd.config import RouteConfig
+from pd.errors import ConfigError
+from pd.router.client import ClientConnection, Handler, Limits
+from pd.router.http import Request, error
+from pd.router.metrics import Stats
+from pd.router.operations import LocalAnswer, Operations, Refusal
+from pd.router.proxy import Core, Exchange
+from pd.router.selection import PolicyEntry, Selection
+from pd.router.workers import Fleet
+
+log = structlog.get_logger("pd.router")
+
+#: What goes to a decode instance, by path.
+PROXIED = {
+    "/v1/completions": b"POST",
+    "/v1/chat/completions": b"POST",
+    "/generate": b"POST",
+    "/health_generate": b"GET",
+}
+
+#: How often deadlines of clients and requests are looked at.
+_TICK = 0.1
+
+
+class Router:
+    """Hands every request to its handler, and ends what has had its time."""
+
+    def __init__(
+        self,
+        config: RouteConfig,
+        policies: Mapping[str, PolicyEntry],
+        spawn: Callable[[ClientConnection, Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        fleet = Fleet(config)
+        self.fleet = fleet
+        self.stats = Stats()
+        selection = Selection(config, fleet, policies)
+        self.core = Core(fleet, selection, self.stats, config.request_timeout, spawn)
+        self.operations = Operations(self.core).table
+        self.limits = Limits(max_body=config.max_body, request_timeout=config.request_timeout)
+        self.clients: set[ClientConnection] = set()
+        self.draining = False
+        self._empty = asyncio.Event()
+
+    def joined(self, client: ClientConnection) -> None:
+        self.clients.add(client)
+        self._empty.clear()
+
+    def left(self, client: ClientConnection) -> None:
+        self.clients.discard(client)
+        if not self.clients:
+            self._empty.set()
+
+    def handler(self, client: ClientConnection, request: Request) -> Handler:
+        path = request.path
+        method = PROXIED.get(path)
+        if method is not None:
+            if request.method == method:
+                return Exchange(self.core, client, request)
+            return self._wrong_method(client, request, (method,))
+        if path not in self.operations:
+            self.refused(404)
+            return Refusal(client, error(404, f"no such path: {path}", "not_found"))
+        methods, operation = self.operations[path]
+        if request.method not in methods:
+            return self._wrong_method(client, request, methods)
+        return LocalAnswer(self.core, client, request, operation)
+
+    def _wrong_method(self, client: ClientConnection, request: Request, methods: tuple[bytes, ...]) -> Refusal:
+        self.refused(405)
+        message = f"{request.method.decode('latin-1')} is not allowed for {request.path}"
+        return Refusal(client, error(405, message, "method_not_allowed", (b"allow", b", ".join(methods))))
+
+    def refused(self, status: int) -> None:
+        self.stats.finished(status, 0.0)
+
+    async def tick(self) -> None:
+        """For ever: tells every client connection when its deadline has passed."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_TICK)
+            now = loop.time()
+            for client in [client for client in self.clients if client.deadline <= now]:
+                client.expired()
+
+    async def drain(self, bound: float) -> None:
+        """Ends idle connections now and the others with their answers; after `bound` seconds all of them."""
+        self.draining = True
+        if not self.clients:
+            return
+        for client in list(self.clients):
+            client.drain()
+        try:
+            async with asyncio.timeout(bound):
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("requests cut off", clients=len(self.clients), drain_timeout=bound)
+            for client in list(self.clients):
+                client.transport.abort()
+            await self._empty.wait()
+
+
+async def serve(
+    config: RouteConfig,
+    ready: Callable[[dict[str, Any]], None],
+    stop: asyncio.Event,
+    policies: Mapping[str, PolicyEntry],
+) -> None:
+    """Routes until `stop` is set, then drains. `ready` gets {"url", "host", "port"} once requests are accepted.
+
+    Every worker has been checked once by then. Raises ConfigError.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.TaskGroup() as group:
+        router = Router(config, policies, lambda client, work: group.create_task(_owned(client, work)))
+        await router.fleet.check_all()
+        try:
+            server = await loop.create_server(
+                lambda: ClientConnection(router), config.http.host, config.http.port, backlog=2048
+            )
+        except OSError as err:
+            router.fleet.close()
+            raise ConfigError("--port", f"cannot listen on {config.http.host}:{config.http.port}: {err}") from err
+        background = [group.create_task(router.tick())]
+        background += [group.create_task(router.fleet.watch(worker)) for worker in router.fleet.all()]
+        try:
+            host, port = server.sockets[0].getsockname()[:2]
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            log.info("router listening", url=url)
+            ready({"url": url, "host": host, "port": port})
+            await stop.wait()
+            log.info("router draining", clients=len(router.clients), active=router.stats.active)
+            server.close()
+            await router.drain(config.http.drain_timeout)
+        finally:
+            server.close()
+            for task in background:
+                task.cancel()
+            router.fleet.close()
+    log.info("router stopped")
+
+
+async def _owned(client: ClientConnection, work: Coroutine[Any, Any, None]) -> None:
+    """One request's piece of work. A defect in it ends that client's connection, not the whole router."""
+    try:
+        await work
+    except Exception:
+        log.exception("defect in a request's task")
+        client.transport.abort()
+
+
+async def _serve_until_signalled(config: RouteConfig, policies: Mapping[str, PolicyEntry]) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():  # the second one kills
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    await serve(config, lambda _: None, stop, policies)
+
+
+def run(config: RouteConfig) -> int:
+    """The `pd route` command. Returns the exit code; raises ConfigError."""
+    from pd.plugins import load_plugins
+
+    policies = load_plugins().policies()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _unwrapped():
+        runner.run(_serve_until_signalled(config, policies))
+    return 0
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Any:
+    """A TaskGroup wraps what went wrong; the one error in it is what the user should see."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from None
+        raise
