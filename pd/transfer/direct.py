@@ -1,0 +1,356 @@
+"""`direct`, the built-in transfer backend: no third party, driven by the receiver.
+
+The sender only announces what is ready. The receiver copies it out of the sender's memory under a lock that `revoke`
+also takes, applies only what is granted, digests it while it is in the cache, and acknowledges. On one host it maps the
+sender's pool (a memfd whose descriptor came over a unix socket), otherwise it pulls the bytes through TCP.
+
+Threads: one accepts, one per connection serves it; all of them wait in poll(2) and cost nothing while idle.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities
+from pd.errors import BackendUnavailable, PeerLost, TransferError
+from pd.transfer.direct_ledger import Ledger, sizes_of, within
+from pd.transfer.direct_receive import Incoming, Receiver
+from pd.transfer.direct_send import Outgoing, Sender, Ticket, dial
+from pd.transfer.direct_shm import SharedMemory, Target
+from pd.transfer.direct_wire import HANDSHAKE_TIMEOUT, MAX_SPANS, new_nonce
+
+#: Longest wait of revoke and expel for a copy that is under way (one takes well under a millisecond).
+QUIET_TIMEOUT = 5.0
+
+#: Connections whose handshake is not over; more are closed at once.
+UNPROVEN_LIMIT = 64
+
+ANY_HOST = ("0.0.0.0", "::", "")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct/1"):
+    """`machine` and `path` reach the unix socket, `host` and `port` the TCP one; "" where it does not listen."""
+
+    identity: str
+    machine: str
+    path: str
+    host: str
+    port: int
+    regions: list[int]
+
+
+def machine_id() -> str:
+    """The same for processes of one running kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def reachable_address(host: str) -> str:
+    """An address for peers to dial: `host`, or for a wildcard the address from which packets leave this machine."""
+    if host not in ANY_HOST:
+        return host
+    family = socket.AF_INET6 if host == "::" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("2001:db8::1" if host == "::" else "192.0.2.1", 9))  # sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "::1" if host == "::" else "127.0.0.1"
+
+
+class DirectBackend:
+    """See the module.
+
+    Options: `transfer_memory` auto | shm | tcp; `insecure_control_plane` opens TCP beyond this host without a secret.
+    """
+
+    capabilities = TransferCapabilities(
+        memory_kinds=frozenset({"cpu"}),
+        max_spans_per_post=1024,
+        concurrent_posts=True,
+        revocable=True,
+        returns_digests=True,
+        allocates=True,
+    )
+
+    def __init__(self, context: BackendContext) -> None:
+        self._context = context
+        self._memory = context.options.get("transfer_memory", "auto")
+        if self._memory not in ("auto", "shm", "tcp"):
+            raise BackendUnavailable("direct", f"transfer_memory={self._memory}", "use auto, shm or tcp")
+        insecure = context.options.get("insecure_control_plane", "").lower() in ("1", "true", "yes")
+        trusted = context.secret is not None or insecure or context.host in LOOPBACK
+        self._host = context.host if trusted else "127.0.0.1"
+        self._identity = ""
+        self._regions: Sequence[Region] = ()
+        self._shared: dict[int, SharedMemory] = {}  # address -> what allocate() made
+        self._receiver: Receiver | None = None
+        self._sender: Sender | None = None
+        self._listeners: list[socket.socket] = []
+        self._path = ""
+        self._port = 0
+        self._wake = -1
+        self._acceptor: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._incoming: set[Incoming] = set()
+        self._outgoing: set[Outgoing] = set()
+        self._closed = False
+        self._failure: BaseException | None = None
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def open(self, identity: str) -> None:
+        """Bind. Nobody is answered before `register`."""
+        self._identity = identity
+        try:
+            if self._memory != "tcp":
+                # The abstract namespace leaves no file behind and belongs to a network namespace.
+                self._path = f"pd-direct-{new_nonce().hex()}"
+                unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self._listeners.append(unix)
+                unix.bind("\0" + self._path)
+            if self._memory != "shm":
+                family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+                tcp = socket.socket(family, socket.SOCK_STREAM)
+                self._listeners.append(tcp)
+                tcp.bind((self._host, 0))
+                self._port = tcp.getsockname()[1]
+        except OSError as error:
+            self.close()
+            raise BackendUnavailable(
+                "direct", f"cannot bind to {self._host}: {error}", "check --control-host"
+            ) from error
+
+    def allocate(self, nbytes: int, device: str) -> Region | None:
+        """Host memory that peers on this host can map; zeroed, touched by nobody yet."""
+        if device != "cpu":
+            return None
+        memory = SharedMemory(nbytes, "pd-kv")
+        address = int(np.frombuffer(memory.view, dtype=np.uint8).ctypes.data)
+        self._shared[address] = memory
+        return Region(0, address, nbytes, "cpu", memory.view, memory)
+
+    def register(self, regions: Sequence[Region]) -> None:
+        for region in regions:
+            if region.buffer is None:
+                raise TransferError(f"direct reads host memory only, not {region.device}")
+        self._regions = tuple(regions)
+        key = self._context.secret or b""
+        log = self._context.log
+        ledger, target = Ledger(regions), Target(regions)
+        self._receiver = Receiver(self._identity, key, ledger, target, log, self._fail)
+        owned = [self._shared.get(region.address) for region in regions]
+        fds = [one.fd for one in owned if one is not None]
+        self._sender = Sender(
+            self._identity,
+            key,
+            [region.nbytes for region in regions],
+            [region.buffer for region in regions if region.buffer is not None],
+            fds if len(fds) == len(regions) else [],
+            log,
+            self._fail,
+        )
+        for listener in self._listeners:
+            listener.listen(128)
+            listener.setblocking(False)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._acceptor = threading.Thread(target=self._accept, name="pd-direct-accept", daemon=True)
+        self._acceptor.start()
+
+    def descriptor(self) -> bytes:
+        host = reachable_address(self._host) if self._port else ""
+        sizes = [region.nbytes for region in self._regions]
+        return msgspec.msgpack.encode(
+            DirectDescriptor(self._identity, machine_id(), self._path, host, self._port, sizes)
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            incoming, outgoing = list(self._incoming), list(self._outgoing)
+        if self._wake >= 0 and self._acceptor is not None:
+            os.eventfd_write(self._wake, 1)
+            self._acceptor.join(QUIET_TIMEOUT)
+            os.close(self._wake)
+            self._wake = -1
+        for listener in self._listeners:
+            listener.close()
+        for peer in outgoing:
+            self.reset_peer(peer)
+        for connection in incoming:
+            connection.close()
+        deadline = time.monotonic() + QUIET_TIMEOUT
+        for connection in incoming:
+            connection.join(deadline - time.monotonic())
+        self._receiver = self._sender = None
+        for memory in self._shared.values():
+            memory.close()
+        self._shared.clear()
+
+    def _fail(self, error: BaseException) -> None:
+        """A thread met a defect: the next call raises it, so that the owner hears of it."""
+        self._failure = error
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError("a thread of the direct backend failed") from self._failure
+
+    # --- connections --------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        by_fd = {listener.fileno(): listener for listener in self._listeners}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        try:
+            while True:
+                for fd, _ in poll.poll():
+                    if fd == self._wake:
+                        return
+                    try:
+                        sock, _ = by_fd[fd].accept()
+                    except (BlockingIOError, ConnectionError):
+                        continue
+                    except OSError as error:  # out of descriptors: the connection waits in the backlog
+                        self._context.log("cannot accept a data connection", reason=str(error))
+                        time.sleep(0.05)
+                        continue
+                    self._take(sock)
+        except BaseException as error:
+            self._fail(error)
+
+    def _take(self, sock: socket.socket) -> None:
+        receiver = self._receiver
+        with self._lock:
+            unproven = sum(not one.sender for one in self._incoming)
+            if receiver is None or self._closed or unproven >= UNPROVEN_LIMIT:
+                sock.close()
+                return
+            connection = Incoming(sock, receiver, self._forget)
+            self._incoming.add(connection)
+        connection.start()
+
+    def _forget(self, connection: Incoming) -> None:
+        with self._lock:
+            self._incoming.discard(connection)
+
+    def connect(self, descriptor: bytes) -> Peer:
+        """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone or refuses."""
+        self._check()
+        try:
+            there = msgspec.msgpack.decode(descriptor, type=DirectDescriptor)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"not a descriptor of direct: {error}") from error
+        sender = self._sender
+        if sender is None or self._closed:
+            raise PeerLost(there.identity, "this backend is closed")
+        if any(not 0 < size < 1 << 48 for size in there.regions):
+            raise TransferError("not a descriptor of direct: region sizes")
+        sock, shm = self._reach(there, bool(sender.fds))
+        try:
+            page = dial(sock, sender, there.identity, shm)
+        except BaseException:
+            sock.close()
+            raise
+        peer = Outgoing(sock, sender, there.identity, np.array(there.regions, dtype=np.uint64), page)
+        with self._lock:
+            self._outgoing.add(peer)
+        return peer
+
+    def _reach(self, there: DirectDescriptor, shareable: bool) -> tuple[socket.socket, bool]:
+        """A connected socket, and whether memory can be shared over it."""
+        reason = "it does not listen for what transfer_memory allows here"
+        if self._memory != "tcp" and there.path and there.machine == machine_id():
+            unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            unix.settimeout(HANDSHAKE_TIMEOUT)
+            try:
+                unix.connect("\0" + there.path)
+                return unix, shareable
+            except (OSError, ValueError) as error:  # gone, or in another network namespace: try TCP
+                unix.close()
+                reason = str(error)
+        if self._memory != "shm" and there.port:
+            try:
+                return socket.create_connection((there.host, there.port), timeout=HANDSHAKE_TIMEOUT), False
+            except (OSError, OverflowError) as error:
+                reason = str(error)
+        raise PeerLost(there.identity, reason)
+
+    # --- sender -------------------------------------------------------------------------------------------------
+
+    def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
+        self._check()
+        assert isinstance(peer, Outgoing)
+        spans = np.ascontiguousarray(spans, dtype=np.uint64).reshape(-1, 5)
+        if len(spans) > MAX_SPANS:
+            raise TransferError(f"{len(spans)} spans in one post, at most {MAX_SPANS}")
+        if not within(spans[:, 0], spans[:, 1], spans[:, 4], sizes_of(self._regions)):
+            raise TransferError("a span outside the local regions")
+        if not within(spans[:, 2], spans[:, 3], spans[:, 4], peer.sizes):
+            raise TransferError("a span outside the peer's regions")
+        if not len(spans):
+            ticket = Ticket()
+            ticket.done = True
+            return ticket
+        return peer.post(spans, tag)
+
+    def poll(self, ticket: Ticket) -> bool:
+        if ticket.error is not None:
+            raise ticket.error
+        if not ticket.done:
+            self._check()
+        return ticket.done
+
+    def progress(self) -> None:
+        self._check()
+
+    def reset_peer(self, peer: Peer) -> None:
+        assert isinstance(peer, Outgoing)
+        peer.reset()
+        peer.join(QUIET_TIMEOUT)
+        with self._lock:
+            self._outgoing.discard(peer)
+
+    # --- receiver -----------------------------------------------------------------------------------------------
+
+    def _ledger(self) -> Ledger:
+        self._check()
+        if self._receiver is None:
+            raise TransferError("not open")
+        return self._receiver.ledger
+
+    def grant(self, tag: int, spans: Spans, sender: str) -> None:
+        self._ledger().grant(tag, spans, sender)
+
+    def revoke(self, tag: int, sender: str) -> bool:
+        return self._ledger().revoke(tag, sender, QUIET_TIMEOUT)
+
+    def take_digests(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
+        return self._ledger().take(tag, sender)
+
+    def fence(self, identity: str) -> None:
+        """Nothing to do: this process's own threads wrote, before they reported."""
+        self._check()
+
+    def expel(self, identity: str) -> bool:
+        ledger = self._ledger()
+        deadline = time.monotonic() + QUIET_TIMEOUT
+        quiet = ledger.expel(identity, QUIET_TIMEOUT)
+        with self._lock:
+            connections = [one for one in self._incoming if one.sender == identity]
+        for connection in connections:
+            connection.close()
+        for connection in connections:
+            connection.join(deadline - time.monotonic())
+        self._context.log("expelled", sender=identity, quiet=quiet)
+        return quiet
