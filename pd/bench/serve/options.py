@@ -142,7 +142,7 @@ def resolve(args: argparse.Namespace) -> Options:
         endpoint=args.endpoint,
         rates=rates,
         poisson=args.poisson,
-        seed=args.seed,
+        seed=_at_least("--seed", args.seed, 0) or 0,
         num_requests=_at_least("--num-requests", args.num_requests, 1) or DEFAULT_NUM_REQUESTS,
         input_len=_span("--input-len", args.input_len or DEFAULT_INPUT_LEN),
         output_len=_span("--output-len", args.output_len or DEFAULT_OUTPUT_LEN),

@@ -17,6 +17,7 @@ TRACE_BLOCK = 512  # tokens per hash id in the Mooncake format
 
 _RUN_SALT = 0x632BE59BD9B4E019  # prompts of later runs must not hit the prefix cache that earlier runs filled
 _WARMUP_SALT = 0x2545F4914F6CDD1D
+_SEED_MASK = (1 << 63) - 1  # a record's seed has to fit a JSON integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Run:
 
     def warmup(self, count: int) -> Run:
         """A run of the first `count` rows with tokens of its own, so that it fills no cache for this one."""
-        return Run(-1, "warm-up", 0.0, self.token_seed + _WARMUP_SALT, self.rows[:count])
+        return Run(-1, "warm-up", 0.0, (self.token_seed + _WARMUP_SALT) & _SEED_MASK, self.rows[:count])
 
 
 class TraceRow(msgspec.Struct):
@@ -121,25 +122,26 @@ def arrivals(count: int, rate: float, poisson: bool, seed: int) -> list[float]:
 
 def plan_runs(options: Options) -> list[Run]:
     """One run per rate, or per time scale when the trace's own arrival times are used."""
+    seed = options.seed
     if options.trace is not None:
         rows = trace_rows(read_trace(options.trace, options.rows), options.length_scale)
     else:
-        rows = synthetic_rows(options.num_requests, options.input_len, options.output_len, options.seed)
+        rows = synthetic_rows(options.num_requests, options.input_len, options.output_len, seed)
     if options.rates:
         kind = "poisson" if options.poisson else "fixed"
         return [
             _run(
-                options.seed,
+                seed,
                 i,
-                f"{rate:g}/s {kind}",
+                "all at once" if math.isinf(rate) else f"{rate:g}/s {kind}",
                 rate,
                 rows,
-                arrivals(len(rows), rate, options.poisson, options.seed),
+                arrivals(len(rows), rate, options.poisson, seed),
             )
             for i, rate in enumerate(options.rates)
         ]
     return [
-        _run(options.seed, i, f"trace x{scale:g}", _mean_rate(rows, scale), rows, (row.at * scale for row in rows))
+        _run(seed, i, f"trace x{scale:g}", _mean_rate(rows, scale), rows, (row.at * scale for row in rows))
         for i, scale in enumerate(options.time_scales)
     ]
 
@@ -149,7 +151,7 @@ def _run(seed: int, index: int, label: str, offered: float, rows: list[Row], tim
         Row(row.index, at, row.input_len, row.output_len, row.hash_ids, row.block_len)
         for row, at in zip(rows, times, strict=True)
     )
-    return Run(index, label, offered, seed + index * _RUN_SALT, tuple(due))
+    return Run(index, label, offered, (seed + index * _RUN_SALT) & _SEED_MASK, tuple(due))
 
 
 def _mean_rate(rows: list[Row], scale: float) -> float:
