@@ -1,0 +1,24 @@
+"""Rotary position embedding of q and k, fused with the write of k and v into their KV blocks."""
+
+from __future__ import annotations
+
+import torch
+
+from pd.kernels import reference
+from pd.kernels.attention import AttentionBatch, LayerKv
+
+
+def rope_tables(positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions int64[T], inverse_frequencies float32[D/2] -> (cos, sin), float32[T, D/2]; once per step."""
+    return reference.rope_tables(positions, inverse_frequencies)
+
+
+def rope_write_kv(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch
+) -> torch.Tensor:
+    """Rotate q and k of each token, store k and v at the token's slot, return q.
+
+    qkv [T, (Hq + 2 Hkv) * D] is the fused projection's output (q heads, k heads, v heads); returns q [T, Hq, D].
+    Rotation is done in float32, halves apart (as in transformers' rotate_half), and stored in the cache's dtype.
+    """
+    return reference.rope_write_kv(qkv, cos, sin, kv, batch)

@@ -1,0 +1,99 @@
+"""One dense decoder for Llama and Qwen2/2.5: RMS norm, rotary grouped-query attention, gated SiLU MLP.
+
+Projections of q, k, v and of gate, up are fused at load. Qwen2 differs by the biases of q, k and v only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pd.kernels.activation import silu_mul
+from pd.kernels.attention import AttentionBatch, LayerKv, paged_attention
+from pd.kernels.norm import add_rms_norm, rms_norm
+from pd.kernels.rope import rope_tables, rope_write_kv
+from pd.models.dense import DenseConfig, dense_config, expected_tensors
+from pd.models.layers import Linear, inverse_frequencies
+from pd.models.registry import Weights
+from pd.types import ModelInfo
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    attention_norm: torch.Tensor
+    qkv: Linear
+    out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class DenseDecoder:
+    """`pd.models.registry.Model` for dense decoders."""
+
+    def __init__(
+        self,
+        config: DenseConfig,
+        embedding: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        norm: torch.Tensor,
+        head: torch.Tensor,
+    ) -> None:
+        self.config = config
+        self._embedding, self._layers, self._norm, self._head = embedding, layers, norm, head
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim, embedding.device)
+        self._scale = config.head_dim**-0.5
+
+    def forward(self, tokens: torch.Tensor, batch: AttentionBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
+        eps = self.config.rms_eps
+        cos, sin = rope_tables(batch.positions, self._frequencies)
+        residual = torch.nn.functional.embedding(tokens, self._embedding)
+        normed = rms_norm(residual, self._layers[0].attention_norm, eps)
+        following = [layer.attention_norm for layer in self._layers[1:]] + [self._norm]
+        for layer, layer_kv, next_norm in zip(self._layers, kv, following, strict=True):
+            q = rope_write_kv(layer.qkv(normed), cos, sin, layer_kv, batch)
+            mixed = layer.out(paged_attention(q, layer_kv, batch, self._scale))
+            normed, residual = add_rms_norm(mixed, residual, layer.mlp_norm, eps)
+            mixed = layer.down(silu_mul(layer.gate_up(normed)))
+            normed, residual = add_rms_norm(mixed, residual, next_norm, eps)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self._head).float()
+
+
+def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDecoder:
+    """`pd.models.registry.Builder` for LlamaForCausalLM and Qwen2ForCausalLM."""
+    config = dense_config(info.path, raw)
+    shapes = expected_tensors(config)
+
+    def take(name: str) -> torch.Tensor:
+        return weights.take(name, shapes[name])
+
+    def linear(*names: str) -> Linear:
+        parts = [f"{name}.weight" for name in names]
+        weight = weights.stack(parts, [shapes[part] for part in parts])
+        parts = [f"{name}.bias" for name in names]
+        biased = parts[0] in shapes
+        return Linear(weight, weights.stack(parts, [shapes[part] for part in parts]) if biased else None)
+
+    layers = []
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        layers.append(
+            DecoderLayer(
+                attention_norm=take(prefix + "input_layernorm.weight"),
+                qkv=linear(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
+                out=linear(attention + "o_proj"),
+                mlp_norm=take(prefix + "post_attention_layernorm.weight"),
+                gate_up=linear(mlp + "gate_proj", mlp + "up_proj"),
+                down=linear(mlp + "down_proj"),
+            )
+        )
+    embedding = take("model.embed_tokens.weight")
+    head = embedding if config.tied else take("lm_head.weight")
+    return DenseDecoder(config, embedding, layers, take("model.norm.weight"), head)

@@ -1,0 +1,1 @@
+"""One process per accelerator: executes step orders; owns weights, KV memory and the transfer engine."""

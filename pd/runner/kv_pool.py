@@ -1,0 +1,73 @@
+"""The KV pool: one span of memory, block-major, `[block, kv_head, layer, k|v, token, head_dim]`.
+
+Block 0 is scratch: positions that have no block write there, and nothing that matters reads it.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from pd.abc.transfer import Region
+from pd.errors import ConfigError
+from pd.kernels.attention import LayerKv
+from pd.types import BlockShape
+
+#: Most that the CPU's pool takes when neither its size nor its share is set: more would only cost page tables.
+DEFAULT_CPU_CAP = 2 << 30
+DEFAULT_CPU_SHARE = 0.15
+
+
+def count_blocks(shape: BlockShape, *, max_total_tokens: int, fraction: float, free_bytes: int) -> int:
+    """Blocks of the pool, scratch included.
+
+    `max_total_tokens` > 0 decides alone; otherwise `fraction` of the free memory, by default DEFAULT_CPU_SHARE and at
+    most DEFAULT_CPU_CAP. Raises ConfigError when that leaves no block to use.
+    """
+    if max_total_tokens > 0:
+        blocks = -(-max_total_tokens // shape.tokens) + 1
+        if blocks * shape.nbytes > free_bytes:
+            needed = blocks * shape.nbytes / 2**30
+            raise ConfigError(
+                "--max-total-tokens",
+                f"{max_total_tokens} tokens need {needed:.2f} GiB, {free_bytes / 2**30:.2f} are free",
+            )
+        return blocks
+    room = int(free_bytes * fraction) if fraction > 0 else min(int(free_bytes * DEFAULT_CPU_SHARE), DEFAULT_CPU_CAP)
+    if room < 2 * shape.nbytes:
+        raise ConfigError("--mem-fraction-static", f"{room} bytes hold no KV block of {shape.nbytes} bytes")
+    return room // shape.nbytes
+
+
+def allocate_region(nbytes: int, supply: Callable[[int, str], Region | None] | None = None) -> Region:
+    """Host memory for the pool: the transfer backend's (`supply(nbytes, device)`) or else anonymous, zeroed pages."""
+    region = supply(nbytes, "cpu") if supply is not None else None
+    if region is None:
+        pages = mmap.mmap(-1, nbytes)
+        buffer = memoryview(pages)
+        address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+        region = Region(index=0, address=address, nbytes=nbytes, device="cpu", buffer=buffer, owner=pages)
+    if region.buffer is None or region.buffer.nbytes < nbytes:
+        raise ConfigError("--transfer", f"the backend's memory cannot hold a KV pool of {nbytes} bytes")
+    return region
+
+
+class KvPool:
+    """Tensor views over a region that the caller keeps registered for as long as the pool lives."""
+
+    def __init__(self, region: Region, shape: BlockShape, num_blocks: int, dtype: torch.dtype) -> None:
+        assert region.buffer is not None and dtype.itemsize == shape.itemsize
+        self.region, self.shape, self.num_blocks = region, shape, num_blocks
+        raw = torch.frombuffer(region.buffer, dtype=dtype, count=num_blocks * shape.nbytes // shape.itemsize)
+        #: [block, kv_head, layer, k|v, token, head_dim]
+        self.tensor = raw.view(num_blocks, shape.kv_heads, shape.layers, 2, shape.tokens, shape.head_dim)
+        self.layers: Sequence[LayerKv] = [
+            LayerKv(self.tensor[:, :, layer, 0], self.tensor[:, :, layer, 1]) for layer in range(shape.layers)
+        ]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of every head and layer of one block into another."""
+        self.tensor[target, ..., :tokens, :] = self.tensor[source, ..., :tokens, :]

@@ -1,0 +1,28 @@
+"""From a checked model directory to a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from pd.models.checkpoint import read_checkpoint, read_json
+from pd.models.registry import Model, load_builder
+from pd.runner.weights import CheckpointWeights
+from pd.types import ModelInfo
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_model(
+    info: ModelInfo,
+    builders: Mapping[str, str],
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
+    """Build the model that `info` describes with the builder of its architecture. Raises ModelError."""
+    builder = load_builder(info.path, builders[info.architecture])
+    place = device or torch.device("cpu")
+    with CheckpointWeights(read_checkpoint(info.path), TORCH_DTYPES[info.dtype], place, progress) as weights:
+        return builder(read_json(info.path, "config.json"), info, weights)

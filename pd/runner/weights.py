@@ -1,0 +1,62 @@
+"""Reads a checkpoint's tensors: memory-mapped, converted to the model's dtype, copied once into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from safetensors import safe_open
+
+from pd.errors import ModelError
+from pd.models.checkpoint import Checkpoint
+
+
+class CheckpointWeights:
+    """`pd.models.registry.Weights` over safetensors files. The tensors it gives out are the caller's own memory.
+
+    `progress(done, total)` is called after each tensor. Close it (or leave the `with`) to unmap the files.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
+        self._files: dict[str, safe_open] = {}
+        self._done = 0
+
+    def __enter__(self) -> CheckpointWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return self.stack((name,), (shape,))
+
+    def stack(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        rows = sum(shape[0] for shape in shapes)
+        whole = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        begin = 0
+        for name, shape in zip(names, shapes, strict=True):
+            whole[begin : begin + shape[0]].copy_(self._mapped(name, shape))
+            begin += shape[0]
+            self._done += 1
+            self._progress(self._done, len(self._checkpoint.tensors))
+        return whole
+
+    def _mapped(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        path = self._checkpoint.path
+        entry = self._checkpoint.tensors.get(name)
+        if entry is None:
+            raise ModelError(path, f"tensor {name!r} is missing")
+        if entry.shape != tuple(shape):
+            raise ModelError(path, f"tensor {name!r} has shape {entry.shape} where {tuple(shape)} is needed")
+        if entry.file not in self._files:
+            self._files[entry.file] = safe_open(os.path.join(path, entry.file), framework="pt", device="cpu")
+        tensor: torch.Tensor = self._files[entry.file].get_tensor(name)
+        return tensor

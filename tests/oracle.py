@@ -1,0 +1,130 @@
+"""Tiny random models and what transformers computes with them, in float32 with eager attention."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+_made: dict[str, str] = {}
+
+
+def tiny_model(
+    folder: Path,
+    arch: str = "llama",
+    *,
+    shards: int = 1,
+    older_config: bool = False,
+    dtype: str = "float32",
+    **overrides: Any,
+) -> str:
+    """Directory of a random `arch` ("llama" or "qwen2") model; the same arguments give the same model.
+
+    Made once per session: `folder` is where a new one goes. `older_config` writes config.json as transformers 4 did.
+    `overrides` are fields of the transformers configuration.
+    """
+    key = json.dumps([arch, shards, older_config, dtype, overrides], sort_keys=True)
+    if key not in _made:
+        path = Path(folder) / f"{arch}-{len(_made)}"
+        _save(path, arch, shards, older_config, dtype, overrides)
+        _made[key] = str(path)
+    return _made[key]
+
+
+def _save(path: Path, arch: str, shards: int, older_config: bool, dtype: str, overrides: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    configs: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config_class, model_class = configs[arch]
+    torch.manual_seed(20_240_607)
+    model = model_class(config_class(**{**SIZES, **overrides})).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers starts with weights so small that attention hardly matters, biases 0 and norms 1.
+            scale = 0.3 if parameter.ndim == 1 else 0.15
+            parameter.copy_(torch.randn(parameter.shape) * scale + ("norm" in name))
+    path.mkdir(parents=True)
+    model.save_pretrained(path)
+    if shards > 1:
+        _shard(path, shards)
+    if older_config:
+        _downgrade(path)
+
+
+def _shard(path: Path, shards: int) -> None:
+    tensors = load_file(path / "model.safetensors")
+    os.remove(path / "model.safetensors")
+    names = sorted(tensors)
+    mapping = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, path / file, metadata={"format": "pt"})
+        mapping.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": mapping}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _downgrade(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Greedy continuation of a prompt, and the model's logprobs: float32 [len(prompt) + n, vocab], row p judging
+
+    what follows position p (so row p - 1 judges the token at p).
+    """
+
+    tokens: list[int]
+    logprobs: torch.Tensor
+
+
+class Oracle:
+    """transformers on the same directory, without KV cache: every position is computed from scratch."""
+
+    def __init__(self, path: str) -> None:
+        self.model = _load(path)
+
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """float32 [len(tokens), vocab]."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+    def generate_logprobs(self, prompt: list[int], n: int) -> Generated:
+        """The `n` greedy tokens after `prompt`, end tokens ignored."""
+        tokens = list(prompt)
+        for _ in range(n):
+            tokens.append(int(self.logprobs(tokens)[-1].argmax()))
+        return Generated(tokens[len(prompt) :], self.logprobs(tokens))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(path: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()

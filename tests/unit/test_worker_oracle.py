@@ -1,0 +1,349 @@
+"""The runner's worker against transformers (float32, eager): tokens and logprobs, whatever the order's shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, tiny_model
+from worker_driver import GREEDY, Driver, Track, f32, i32
+
+from pd.errors import ProtocolError
+from pd.messages import Admit, CopyBlock, Push, StepOrder
+from pd.types import SamplingParams
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"arch": "llama"},
+    "qwen2": {"arch": "qwen2"},
+    "llama3-rope": {"arch": "llama", "rope_parameters": LLAMA3_ROPE},
+    "llama3-rope-older-config": {"arch": "llama", "rope_parameters": LLAMA3_ROPE, "older_config": True},
+    "linear-rope": {"arch": "llama", "rope_parameters": LINEAR_ROPE},
+    "tied-odd-heads": {"arch": "llama", "tie_word_embeddings": True, "head_dim": 24, "num_attention_heads": 8},
+    "qwen2-tied-sharded-older-config": {
+        "arch": "qwen2",
+        "tie_word_embeddings": True,
+        "shards": 3,
+        "older_config": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+    "biases-everywhere": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
+    "one-kv-head": {"arch": "llama", "num_key_value_heads": 1},
+    "no-grouping": {"arch": "qwen2", "num_key_value_heads": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def llama(folder: Path) -> str:
+    return tiny_model(folder, "llama")
+
+
+def prompt_of(length: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 256, length).tolist()
+
+
+def assert_matches(oracle: Oracle, track: Track, prompt: list[int], n: int, tolerance: float = 1e-5) -> None:
+    """`n` tokens and their logprobs, and the prompt's where asked for."""
+    expected = oracle.generate_logprobs(prompt, n)
+    assert track.emitted == expected.tokens
+    chosen = [float(expected.logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(expected.tokens)]
+    assert track.logprobs == pytest.approx(chosen, abs=tolerance)
+    for position, value in track.prompt_logprobs.items():
+        if position:
+            assert value == pytest.approx(float(expected.logprobs[position - 1, prompt[position]]), abs=tolerance)
+        else:
+            assert np.isnan(value)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_computes_what_transformers_computes(folder: Path, name: str) -> None:
+    path = tiny_model(folder, **MODELS[name])
+    driver = Driver(path)
+    prompts = {1: prompt_of(70, 1), 2: prompt_of(9, 2)}
+    for key, prompt in prompts.items():
+        driver.admit(key, prompt, logprob_start=0)
+    driver.generate(12, chunk=32)
+    for key, prompt in prompts.items():
+        assert set(driver.tracks[key].prompt_logprobs) == set(range(len(prompt)))
+        assert_matches(Oracle(path), driver.tracks[key], prompt, 12)
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 32])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_neither_page_size_nor_chunks_change_a_result(llama: str, page_size: int, chunk: int) -> None:
+    driver = Driver(llama, page_size=page_size)
+    prompt = prompt_of(45)
+    track = driver.admit(1, prompt, logprob_start=3)
+    driver.generate(8, chunk=chunk)
+    assert set(track.prompt_logprobs) == set(range(3, 45))
+    assert_matches(Oracle(llama), track, prompt, 8)
+
+
+def test_a_long_prompt_stays_within_its_tolerance(llama: str) -> None:
+    driver = Driver(llama, page_size=32)
+    prompt = prompt_of(600)
+    track = driver.admit(1, prompt, logprob_start=0)
+    driver.generate(3, chunk=256)
+    assert_matches(Oracle(llama), track, prompt, 3, tolerance=1e-4)
+
+
+def test_prompts_and_decodes_of_many_requests_share_a_step(llama: str) -> None:
+    """Requests arrive while others decode; contexts differ by an order of magnitude, so decode rows form groups."""
+    driver = Driver(llama, page_size=4, num_blocks=600)
+    lengths = [3, 150, 8, 17, 1, 64, 33, 90]
+    prompts = {key: prompt_of(length, key) for key, length in enumerate(lengths)}
+    waiting = list(prompts)
+    while waiting or any(len(track.emitted) < 10 for track in driver.tracks.values()):
+        if waiting:
+            driver.admit(waiting[0], prompts[waiting.pop(0)])
+        live = [track for track in driver.tracks.values() if len(track.emitted) < 10]
+        driver.step({track.key: min(40, len(track.tokens) - track.computed) for track in live})
+    for key, prompt in prompts.items():
+        assert_matches(Oracle(llama), driver.tracks[key], prompt, 10)
+
+
+def test_a_shared_prefix_is_read_and_not_computed_again(llama: str) -> None:
+    driver = Driver(llama, page_size=16)
+    prefix = prompt_of(48)
+    first = driver.admit(1, prefix + prompt_of(5, 8))
+    driver.generate(4)
+    before = driver.pool.tensor[first.blocks[:3]].clone()
+    tail = prompt_of(9, 9)
+    second = driver.admit(2, prefix + tail, shared=first.blocks[:3])
+    assert second.computed == 48
+    driver.step({1: 1, 2: 9})
+    driver.generate(6)
+    assert torch.equal(before, driver.pool.tensor[first.blocks[:3]])
+    assert_matches(Oracle(llama), second, prefix + tail, 6)
+
+
+def test_a_replay_continues_where_the_emitted_tokens_end(llama: str) -> None:
+    prompt = prompt_of(20)
+    once = Driver(llama)
+    once.admit(1, prompt)
+    once.generate(10)
+    again = Driver(llama)
+    track = again.admit(1, prompt + once.tracks[1].emitted[:6], prompt_len=20, epoch=2)
+    again.generate(4)
+    assert track.emitted == once.tracks[1].emitted[6:]
+    assert track.logprobs == pytest.approx(once.tracks[1].logprobs[6:], abs=1e-5)
+
+
+def test_a_decode_instance_continues_from_blocks_it_did_not_compute(llama: str) -> None:
+    """What a hand-off does: blocks copied between pools, admitted with the first token known."""
+    prompt = prompt_of(37)
+    prefill, decode = Driver(llama), Driver(llama)
+    track = prefill.admit(1, prompt)
+    prefill.generate(1)
+    blocks = [decode.free.pop() for _ in track.blocks]
+    decode.pool.tensor[blocks] = prefill.pool.tensor[track.blocks]
+    there = decode.admit(1, prompt + track.emitted, prompt_len=37, shared=blocks, computed=37)
+    decode.generate(7)
+    expected = Oracle(llama).generate_logprobs(prompt, 8)
+    assert track.emitted + there.emitted == expected.tokens
+
+
+def test_a_partial_block_is_copied_for_another_choice(llama: str) -> None:
+    driver = Driver(llama, page_size=16)
+    prompt = prompt_of(21)
+    first = driver.admit(1, prompt)
+    driver.generate(1)
+    copy = driver.free.pop()
+    second = driver.admit(2, [*prompt, 77], prompt_len=21, shared=[first.blocks[0], copy], computed=21)
+    driver.step({1: 1, 2: 1}, copies=[CopyBlock(first.blocks[1], copy, 5)])
+    driver.generate(5)
+    expected = Oracle(llama).generate_logprobs([*prompt, 77], 5)
+    assert second.emitted == expected.tokens
+    assert_matches(Oracle(llama), first, prompt, 5)
+    assert driver.pool.tensor[copy, ..., :5, :].isfinite().all()
+
+
+def test_orders_may_be_made_before_the_tokens_of_the_last_step_are_known(llama: str) -> None:
+    driver = Driver(llama)
+    prompt = prompt_of(30)
+    track = driver.admit(1, prompt)
+    orders = [driver.order({1: 30})] + [driver.order({1: 1}) for _ in range(9)]
+    for order in orders:
+        driver.run(order)
+    assert_matches(Oracle(llama), track, prompt, 10)
+
+
+def test_a_surplus_row_beyond_its_blocks_writes_to_the_scratch_block_only(llama: str) -> None:
+    driver = Driver(llama, page_size=4)
+    prompt = prompt_of(8)
+    track = driver.admit(1, prompt)
+    driver.generate(1)
+    held = driver.pool.tensor[1:].clone()
+    order = driver.order({1: 1})
+    order.grow_keys_i64 = order.grow_blocks_i32 = b""
+    done = driver.run(order)
+    assert len(track.blocks) == 3 and done.counts_u8 == b"\1"
+    assert torch.equal(held.nan_to_num(9.0), driver.pool.tensor[1:].nan_to_num(9.0))
+    assert driver.pool.tensor[0, :, :, :, 0].isfinite().all()
+
+
+def test_a_key_may_be_released_and_admitted_again_in_one_order(llama: str) -> None:
+    driver = Driver(llama)
+    driver.admit(1, prompt_of(12, 3))
+    driver.generate(3)
+    driver.release(1)
+    track = driver.admit(1, prompt_of(15, 4), epoch=2)
+    driver.generate(5)
+    assert_matches(Oracle(llama), track, prompt_of(15, 4), 5)
+
+
+def test_alternatives_and_wanted_ids_are_the_oracles(llama: str) -> None:
+    driver = Driver(llama)
+    prompt = prompt_of(25)
+    sampling = SamplingParams(temperature=0.0, logprobs=True, top_logprobs=4, token_ids_logprob=(5, 250, 999))
+    driver.admit(1, prompt, sampling, logprob_start=20, prompt_top_logprobs=3)
+    done = driver.step({1: 25})
+    expected = Oracle(llama).logprobs(prompt)
+    tops = done.logprobs[0].logprobs.tops
+    assert tops is not None and tops.width == 4
+    best = expected[24].topk(4)
+    assert np.frombuffer(tops.ids_i32, np.int32).tolist() == best.indices.tolist()
+    assert f32(tops.logprobs_f32) == pytest.approx(best.values.numpy(), abs=1e-5)
+    wanted = f32(done.logprobs[0].logprobs.wanted_f32)
+    assert wanted[:2] == pytest.approx(expected[24, [5, 250]].numpy(), abs=1e-5) and np.isnan(wanted[2])
+    prompt_part = done.prompt_logprobs[0].logprobs
+    assert prompt_part.start == 20 and prompt_part.tops is not None and prompt_part.tops.width == 3
+    rows = expected[19:24].topk(3)
+    assert np.frombuffer(prompt_part.tops.ids_i32, np.int32).tolist() == rows.indices.flatten().tolist()
+    assert f32(prompt_part.tops.logprobs_f32) == pytest.approx(rows.values.flatten().numpy(), abs=1e-5)
+    assert f32(prompt_part.wanted_f32).reshape(5, 3)[:, 0] == pytest.approx(expected[19:24, 5].numpy(), abs=1e-5)
+
+
+def test_prompt_logprobs_end_with_the_prompt_when_emitted_tokens_are_replayed(llama: str) -> None:
+    driver = Driver(llama)
+    track = driver.admit(1, prompt_of(20), prompt_len=12, logprob_start=0)
+    driver.generate(1, chunk=8)
+    assert set(track.prompt_logprobs) == set(range(12))
+
+
+def test_logprobs_are_those_of_the_raw_logits_whatever_shapes_the_draw(llama: str) -> None:
+    driver = Driver(llama)
+    prompt = prompt_of(25)
+    sampling = SamplingParams(
+        temperature=0.5, top_k=3, seed=11, logprobs=True, presence_penalty=1.5, logit_bias={40: 30.0}
+    )
+    track = driver.admit(1, prompt, sampling)
+    driver.generate(1)
+    expected = Oracle(llama).logprobs(prompt)[-1]
+    assert track.emitted == [40]
+    assert track.logprobs == pytest.approx([float(expected[40])], abs=1e-5)
+
+
+def test_several_choices_are_sampled_at_the_first_position_only(llama: str) -> None:
+    prompt = prompt_of(18)
+    sampling = SamplingParams(temperature=1.0, seed=5, logprobs=True)
+    driver = Driver(llama)
+    track = driver.admit(1, prompt, sampling, choices=4)
+    driver.generate(3, chunk=10)
+    assert [len(some) for some in track.choices] == [4, 1, 1]
+    assert len(set(track.choices[0])) > 1
+    for choice, token in enumerate(track.choices[0]):
+        alone = Driver(llama)
+        one = alone.admit(1, prompt, SamplingParams(temperature=1.0, seed=5, choice=choice))
+        alone.generate(1)
+        assert one.emitted == [token]
+
+
+def test_a_sampled_request_draws_the_same_tokens_in_any_batch_and_after_a_replay(llama: str) -> None:
+    sampling = SamplingParams(temperature=0.9, top_p=0.95, seed=1234)
+    alone = Driver(llama)
+    track = alone.admit(1, prompt_of(22), sampling)
+    alone.generate(12)
+    together = Driver(llama)
+    for key in range(2, 7):
+        together.admit(key, prompt_of(10 * key, key), SamplingParams(temperature=1.3, seed=key))
+    same = together.admit(1, prompt_of(22), sampling)
+    together.generate(12, chunk=16)
+    replay = Driver(llama)
+    rest = replay.admit(1, prompt_of(22) + track.emitted[:5], sampling, prompt_len=22)
+    replay.generate(7)
+    assert same.emitted == track.emitted
+    assert rest.emitted == track.emitted[5:]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_run_close_to_float32(folder: Path, dtype: str) -> None:
+    path = tiny_model(folder, "qwen2", dtype=dtype)
+    driver = Driver(path)
+    assert driver.info.dtype == dtype and driver.pool.tensor.dtype == getattr(torch, dtype)
+    prompt = prompt_of(40)
+    track = driver.admit(1, prompt, logprob_start=0)
+    driver.generate(2, chunk=16)
+    expected = Oracle(path).logprobs(prompt)
+    ours = np.array([track.prompt_logprobs[position] for position in range(1, 40)])
+    theirs = expected[torch.arange(39), torch.tensor(prompt[1:])].numpy()
+    assert np.abs(ours - theirs).mean() < (0.1 if dtype == "bfloat16" else 0.02)
+
+
+def test_a_float32_model_served_as_bfloat16_is_converted(llama: str) -> None:
+    driver = Driver(llama, dtype="bfloat16")
+    driver.admit(1, prompt_of(10))
+    driver.generate(2)
+    assert driver.pool.tensor.dtype == torch.bfloat16
+
+
+def test_digests_and_pushes_come_after_the_step_that_completes_the_blocks(llama: str) -> None:
+    pushes: list[Push] = []
+    seen: list[Any] = []
+
+    def digest(blocks: Any, tokens: Any) -> Any:
+        seen.append((blocks.tolist(), tokens.tolist(), bool(driver.pool.tensor[blocks[0]].isfinite().all())))
+        return np.array([7, 2**64 - 1], dtype=np.uint64)
+
+    driver = Driver(llama, digest=digest, push=pushes.append)
+    track = driver.admit(1, prompt_of(20))
+    push = Push("peer", 3, 0, i32(track.blocks), i32([4, 5]))
+    done = driver.step({1: 20}, complete_i32=i32(track.blocks), complete_tokens_i32=i32([16, 4]), pushes=[push])
+    assert seen == [(track.blocks, [16, 4], True)]
+    assert np.frombuffer(done.digests_u64, np.uint64).tolist() == [7, 2**64 - 1]
+    assert pushes == [push]
+
+
+def test_an_order_without_rows_still_copies_and_pushes(llama: str) -> None:
+    pushes: list[Push] = []
+    driver = Driver(llama, push=pushes.append)
+    driver.pool.tensor[3] = 2.5
+    done = driver.step({}, copies=[CopyBlock(3, 4, 16)], pushes=[Push("peer", 1, 0, b"", b"")])
+    assert (driver.pool.tensor[4] == 2.5).all() and len(pushes) == 1 and done.counts_u8 == b""
+
+
+def test_an_order_that_does_not_fit_the_state_is_an_error(llama: str) -> None:
+    driver = Driver(llama, num_blocks=8)
+    driver.admit(1, prompt_of(10))
+    driver.step({1: 10})
+    driver.tracks[9] = Track(9, 1, [1], 0, [])
+    with pytest.raises(ProtocolError, match="request 9 is not admitted"):
+        driver.step({9: 1})
+    order = driver.order({1: 2})
+    with pytest.raises(ProtocolError, match="2 tokens from 10 of 11 known"):
+        driver.worker.step(order)
+    with pytest.raises(ProtocolError, match=r"outside 0\.\.7"):
+        driver.worker.step(StepOrder(99, b"", b"", b"", admit=[Admit(5, 1, i32([1]), 1, 0, i32([8]), GREEDY)]))
+    with pytest.raises(ProtocolError, match="no transfer engine"):
+        driver.step({}, pushes=[Push("peer", 1, 0, b"", b"")])
+    with pytest.raises(ProtocolError, match="computes no digests"):
+        driver.step({}, complete_i32=i32([1]), complete_tokens_i32=i32([16]))
+    driver.release(77)
+    with pytest.raises(ProtocolError, match="request 77"):
+        driver.step({})
