@@ -31,6 +31,7 @@ class TransferCapabilities:
     revocable: bool = False  # grant/revoke fence single hand-offs at the receiver
     returns_digests: bool = False  # the receiver's side digests what it applied: see `take_digests`
     allocates: bool = False  # allocate() must supply the KV pool
+    quiet_errors: bool = False  # a TransferError of poll (not a PeerLost) means that this post's write is over
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ import numpy as np
 
 from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities
 from pd.errors import BackendUnavailable, PeerLost, TransferError
+from pd.ipc.memory import SharedMemory
 from pd.transfer.direct_ledger import Ledger, sizes_of, within
 from pd.transfer.direct_receive import Incoming, Receiver
 from pd.transfer.direct_send import Outgoing, Sender, Ticket, dial
-from pd.transfer.direct_shm import SharedMemory, Target
+from pd.transfer.direct_shm import Target
 from pd.transfer.direct_wire import HANDSHAKE_TIMEOUT, MAX_SPANS, new_nonce
 
 #: Longest wait of revoke and expel for a copy that is under way (one takes well under a millisecond).
@@ -80,6 +81,7 @@ class DirectBackend:
         revocable=True,
         returns_digests=True,
         allocates=True,
+        quiet_errors=True,
     )
 
     def __init__(self, context: BackendContext) -> None:
@@ -134,10 +136,10 @@ class DirectBackend:
         """Host memory that peers on this host can map; zeroed, touched by nobody yet."""
         if device != "cpu":
             return None
-        memory = SharedMemory(nbytes, "pd-kv")
-        address = int(np.frombuffer(memory.view, dtype=np.uint8).ctypes.data)
+        memory = SharedMemory.create("pd-kv", nbytes)
+        address = int(np.frombuffer(memory.buffer, dtype=np.uint8).ctypes.data)
         self._shared[address] = memory
-        return Region(0, address, nbytes, "cpu", memory.view, memory)
+        return Region(0, address, nbytes, "cpu", memory.buffer, memory)
 
     def register(self, regions: Sequence[Region]) -> None:
         for region in regions:

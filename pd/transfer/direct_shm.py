@@ -6,7 +6,6 @@ after SIGKILL, and is not limited to 64 MB in containers. The descriptors travel
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from pd.abc import Region
 from pd.errors import ProtocolError
+from pd.ipc.memory import SharedMemory
 from pd.transfer.digest import WORD, digest_words, key_table
 from pd.transfer.direct_ledger import Chunks, Grant
 
@@ -29,37 +29,12 @@ PAGE = mmap.PAGESIZE
 BATCH = 1 << 20
 
 
-class SharedMemory:
-    """Memory of this process that others can map: an anonymous file, sealed so that it cannot shrink under a reader."""
-
-    def __init__(self, nbytes: int, name: str) -> None:
-        self.nbytes = nbytes
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, nbytes)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self._map = mmap.mmap(self.fd, nbytes)
-        except BaseException:
-            os.close(self.fd)
-            raise
-        self.view = memoryview(self._map)
-
-    def close(self) -> None:
-        """Drop the descriptor, and the mapping unless something still refers to it (then with the last reference)."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        with contextlib.suppress(BufferError):
-            self.view.release()
-            self._map.close()
-
-
 class EpochPage:
     """One word that the sender shares with one receiver: 0 while what it posted may be read."""
 
     def __init__(self) -> None:
-        self._memory = SharedMemory(PAGE, "pd-epoch")
-        self._word = self._memory.view.cast("Q")
+        self._memory = SharedMemory.create("pd-epoch", PAGE)
+        self._word = self._memory.buffer.cast("Q")
         self._lock = threading.Lock()
 
     @property

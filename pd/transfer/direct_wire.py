@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pd.errors import ProtocolError
+from pd.ipc.memory import peer_credentials
 
 MAGIC = b"pd-direct/1\n"
 NONCE = 16
@@ -39,6 +40,9 @@ MAX_SPANS = 1 << 14
 PAYLOAD_LIMIT = MAX_SPANS * 40
 
 OK, REFUSED = 0, 1  # ACK status
+
+#: Descriptors that one message may carry.
+FDS = 64
 
 #: Buffers per sendmsg/recvmsg_into call, below IOV_MAX.
 IOVECS = 256
@@ -87,7 +91,7 @@ def _receive(sock: socket.socket, count: int, deadline: float) -> tuple[bytes, l
                 raise TimeoutError("handshake timed out")
             sock.settimeout(remaining)
             if sock.family == socket.AF_UNIX:
-                part, got, _, _ = socket.recv_fds(sock, count - len(data), 64)
+                part, got = _receive_fds(sock, count - len(data))
                 fds += got
             else:
                 part = sock.recv(count - len(data))
@@ -98,6 +102,23 @@ def _receive(sock: socket.socket, count: int, deadline: float) -> tuple[bytes, l
         close_all(fds)
         raise
     return bytes(data), fds
+
+
+def _receive_fds(sock: socket.socket, count: int) -> tuple[bytes, list[int]]:
+    """Not socket.recv_fds: it takes flags and does not pass them on (Python 3.11)."""
+    room = socket.CMSG_SPACE(FDS * 4)
+    data, ancillary, flags, _ = sock.recvmsg(count, room, socket.MSG_CMSG_CLOEXEC)
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+    fds = [
+        fd
+        for level, kind, raw in ancillary
+        if (level, kind) == rights
+        for (fd,) in struct.iter_unpack("i", raw[: len(raw) // 4 * 4])
+    ]
+    if flags & socket.MSG_CTRUNC:
+        close_all(fds)
+        raise ProtocolError("handshake", "too many descriptors")
+    return data, fds
 
 
 def close_all(fds: Sequence[int]) -> None:
@@ -145,8 +166,7 @@ def receive_greeting(sock: socket.socket, deadline: float) -> bytes:
 
 def same_user(sock: socket.socket) -> bool:
     """Whether the other end of a unix socket runs under our user id."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return bool(uid == os.geteuid())
+    return peer_credentials(sock).uid == os.geteuid()
 
 
 class Link:
