@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, tiny_model
-from worker_driver import GREEDY, Driver, Track, f32, i32
 
 from pd.errors import ProtocolError
 from pd.messages import Admit, CopyBlock, Push, StepOrder
 from pd.types import SamplingParams
+from tests.oracle import Oracle, tiny_model
+from tests.worker_driver import GREEDY, Driver, Track, f32, i32
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

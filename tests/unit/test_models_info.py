@@ -1,0 +1,251 @@
+"""Reading model directories: both config spellings, and one clear error for everything that cannot be served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pd import hookspecs
+from pd.errors import ModelError
+from pd.models import plugin
+from pd.models.dense import RopeConfig, dense_config
+from pd.models.info import check_model
+from pd.models.registry import architectures, load_builder
+from tests.oracle import tiny_model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def copy_of(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A writable copy of a tiny model, with a tokenizer file and edited config.json."""
+
+    def make(arch: str = "llama", edit: dict[str, Any] | None = None, **options: Any) -> Path:
+        path = tmp_path / "model"
+        shutil.copytree(tiny_model(folder, arch, **options), path, dirs_exist_ok=True)
+        (path / "tokenizer.json").write_text("{}")
+        config = json.loads((path / "config.json").read_text()) | (edit or {})
+        (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+        return path
+
+    return make
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(ModelError) as error:
+        check_model(str(path), **options)
+    assert error.value.path == str(path)
+    return error.value.problem
+
+
+def test_a_model_directory_is_described(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("qwen2")
+    info = check_model(str(path), name="served")
+    assert (info.name, info.path, info.architecture) == ("served", str(path), "Qwen2ForCausalLM")
+    assert (info.num_layers, info.num_heads, info.num_kv_heads, info.head_dim) == (3, 4, 2, 16)
+    assert (info.vocab_size, info.hidden_size, info.context_length, info.dtype) == (256, 64, 1024, "float32")
+    assert check_model(str(path)).name == str(path)
+    assert check_model(str(path), context_length=512).context_length == 512
+
+
+def test_sharded_weights_are_found_through_their_index(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", shards=3)
+    assert check_model(str(path)).num_layers == 3
+    (path / "model-00002-of-00003.safetensors").unlink()
+    assert refusal(path) == "shard model-00002-of-00003.safetensors is missing"
+
+
+def test_a_shard_outside_the_directory_is_refused(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", shards=3)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside the directory" in refusal(path)
+
+
+def test_an_index_that_promises_too_much_is_refused(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", shards=2)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "'model.extra'" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, RopeConfig(5e5, original_context=1024)),
+        (
+            {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+            RopeConfig(1e4, "linear", 2.0, original_context=1024),
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 3.0,
+                "original_max_position_embeddings": 256,
+            },
+            RopeConfig(5e5, "llama3", 8.0, 1.0, 3.0, 256),
+        ),
+    ],
+)
+def test_both_spellings_of_rope_mean_the_same(
+    copy_of: Callable[..., Path], rope: dict[str, Any], expected: RopeConfig
+) -> None:
+    config = json.loads((copy_of() / "config.json").read_text())
+    newer = config | {"rope_parameters": rope}
+    older = {k: v for k, v in config.items() if k != "rope_parameters"}
+    older |= {"rope_theta": rope["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+    oldest = json.loads(json.dumps(older).replace('"rope_type"', '"type"'))
+    assert [dense_config("m", raw).rope for raw in (newer, older, oldest)] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"architectures": []}, "names no architecture"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"num_hidden_layers": "absent"}, "num_hidden_layers must be a positive integer"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding-window"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "needs 'factor'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "two"}}, "RoPE parameters"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+        ({"eos_token_id": "end"}, "eos_token_id 'end'"),
+        ({"num_hidden_layers": 4}, "'model.layers.3."),
+        ({"num_hidden_layers": 2}, "'model.layers.2."),
+        ({"intermediate_size": 97}, "has shape (64, 96) where config.json says (64, 97)"),
+        ({"vocab_size": 300}, "where config.json says (300, 64)"),
+        ({"attention_bias": True}, "bias' is missing (12 missing in all)"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(
+    copy_of: Callable[..., Path], edit: dict[str, Any], problem: str
+) -> None:
+    assert problem in refusal(copy_of("llama", edit))
+
+
+def test_missing_and_damaged_files_are_refused(copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    assert "no such directory" in refusal(tmp_path / "nowhere")
+    path = copy_of()
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in refusal(path)
+    assert check_model(str(path), tokenizer=False).num_layers == 3
+    for damaged, problem in (
+        (weights[:-100], "cut off"),
+        (weights[:50], "header is cut off"),
+        (b"", "no safetensors file"),
+        (weights[:8] + b"[" + weights[9:], "damaged header"),
+    ):
+        (path / "model.safetensors").write_bytes(damaged)
+        assert problem in refusal(path, tokenizer=False)
+    (path / "model.safetensors").unlink()
+    assert "no weights" in refusal(path, tokenizer=False)
+    (path / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(path)
+    (path / "config.json").write_text("[]")
+    assert "must hold a JSON object" in refusal(path)
+    (path / "config.json").unlink()
+    assert "config.json is missing" in refusal(path)
+
+
+def test_tensors_that_the_model_would_not_use_are_refused(copy_of: Callable[..., Path]) -> None:
+    path = copy_of()
+    tensors = load_file(path / "model.safetensors")
+    old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    save_file(tensors | old_buffer, path / "model.safetensors")
+    assert check_model(str(path)).num_layers == 3
+    save_file(tensors | {"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, path / "model.safetensors")
+    assert "q_norm.weight' is not part of LlamaForCausalLM" in refusal(path)
+    save_file(tensors | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, path / "model.safetensors")
+    assert "has dtype I8" in refusal(path)
+
+
+def test_dtype_follows_the_flag_then_the_config_then_the_weights(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", dtype="bfloat16")
+    assert check_model(str(path)).dtype == "bfloat16"
+    assert check_model(str(path), dtype="float16").dtype == "float16"
+    assert "dtype 'int8'" in refusal(path, dtype="int8")
+    assert check_model(str(copy_of("llama", {"dtype": "absent", "torch_dtype": "float16"}))).dtype == "float16"
+    assert check_model(str(copy_of("llama", {"dtype": "absent"}, dtype="bfloat16"))).dtype == "bfloat16"
+
+
+def test_end_tokens_come_from_both_configurations(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", {"eos_token_id": [7, 8]})
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
+    assert check_model(str(path)).eos_token_ids == (9, 7, 8)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert check_model(str(path)).eos_token_ids == (3, 7, 8)
+    (path / "generation_config.json").unlink()
+    assert check_model(str(copy_of("llama", {"eos_token_id": None}))).eos_token_ids == (1,)
+    (path / "generation_config.json").unlink()
+    assert check_model(str(path)).eos_token_ids == ()
+
+
+def test_a_context_longer_than_the_models_is_refused(copy_of: Callable[..., Path]) -> None:
+    assert "--context-length 2048 exceeds the model's 1024" in refusal(copy_of(), context_length=2048)
+
+
+def test_fingerprints_tell_weights_and_dtypes_apart_and_nothing_else(copy_of: Callable[..., Path]) -> None:
+    path = copy_of()
+    original = check_model(str(path)).fingerprint
+    assert check_model(str(copy_of("llama", {"transformers_version": "9"}))).fingerprint == original
+    assert check_model(str(path), dtype="bfloat16").fingerprint != original
+    assert check_model(str(copy_of("llama", {"rms_norm_eps": 1e-5}))).fingerprint != original
+    path = copy_of()
+    tensors = load_file(path / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+    assert check_model(str(path)).fingerprint != original
+
+
+def test_other_architectures_need_a_plugin_and_are_not_second_guessed(copy_of: Callable[..., Path]) -> None:
+    path = copy_of("llama", {"architectures": ["CustomForCausalLM"], "hidden_act": "gelu"})
+    assert check_model(str(path), supported=("CustomForCausalLM",)).architecture == "CustomForCausalLM"
+
+
+def test_builders_are_registered_once_per_architecture() -> None:
+    plugins = pluggy.PluginManager("pd")
+    plugins.add_hookspecs(hookspecs)
+    plugins.register(plugin)
+    found = architectures(plugins)
+    assert found == dict.fromkeys(("LlamaForCausalLM", "Qwen2ForCausalLM"), "pd.models.llama:build")
+    assert callable(load_builder("m", found["LlamaForCausalLM"]))
+    with pytest.raises(ModelError, match="no_such"):
+        load_builder("m", "pd.models.llama:no_such")
+
+    class Rival:
+        @pluggy.HookimplMarker("pd")
+        def pd_register_models(self, register: Any) -> None:
+            register("LlamaForCausalLM", "rival:build")
+
+    plugins.register(Rival())
+    with pytest.raises(ValueError, match="two builders for LlamaForCausalLM"):
+        architectures(plugins)
+
+
+def test_checking_a_model_does_not_import_torch() -> None:
+    """The parent and the CLI check models; only runners import torch."""
+    code = "import sys, pd.models.info, pd.models.registry, pd.models.plugin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
