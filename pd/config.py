@@ -7,7 +7,7 @@ Nothing reads the environment after `pd.settings` has resolved these.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 
@@ -40,6 +40,18 @@ def setting(
     if callable(default):
         return field(default_factory=default, metadata=meta)
     return field(default=default, metadata=meta)
+
+
+def secret_values(config: Any) -> tuple[str, ...]:
+    """The values of every `secret` setting in a (nested) settings object that are set: what logs must not show."""
+    found: list[str] = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            found.extend(secret_values(value))
+        elif item.metadata.get("secret") and value:
+            found.append(value)
+    return tuple(found)
 
 
 def default_transfer_threads() -> int:

@@ -32,17 +32,15 @@ def configure(
     settings: LogSettings,
     *,
     secrets: Sequence[str] = (),
-    terminal: bool | None = None,
     stream: TextIO | None = None,
 ) -> None:
     """Set up this process's logs; every line carries `role` and, where it is not empty, `instance`.
 
     `secrets` are values that must never be seen: each occurrence in a finished line becomes `***`, whatever field,
-    message or traceback it is in. `terminal` overrides whether `stream` is one (a child's stderr is its parent's
-    pipe). Libraries that log through `logging` appear in the same form, from level warning on.
+    message or traceback it is in. Libraries that log through `logging` appear in the same form, from level warning on.
     """
     stream = sys.stderr if stream is None else stream
-    human = is_human(settings, stream) if terminal is None or settings.log_format != "auto" else terminal
+    human = is_human(settings, stream)
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     shared: list[structlog.typing.Processor] = [
         _Identity(role, instance),
