@@ -1,0 +1,1 @@
+"""The api process: HTTP, tokenising, incremental detokenising, stop strings, server-sent events. No torch."""

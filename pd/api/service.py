@@ -1,0 +1,173 @@
+"""The api process: `main` is what `pd.process` starts. One event loop; HTTP on one side, the scheduler on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from pd.api.app import App
+from pd.api.context import Context, Limits, Served
+from pd.api.engine import Engine, SchedulerChannel
+from pd.api.exchange import Prompt
+from pd.api.metrics import Latencies
+from pd.api.params import Defaults, ModelLimits
+from pd.api.server import HttpServer, bind
+from pd.api.tokenizer import Tokenizer
+from pd.child import ChildContext
+from pd.config import HttpConfig, LogConfig
+from pd.errors import ConfigError, ProcessError
+from pd.ipc.channel import Channel
+from pd.ipc.codec import Codec
+from pd.ipc.zmq import LinkEventKind, LinkOptions, Monitor, Sockets
+from pd.logs import get_logger
+from pd.messages import ApiToScheduler, SchedulerToApi
+from pd.types import ModelInfo
+
+#: After a lost scheduler or at the end of draining: for clients to be told.
+FAREWELL_S = 2.0
+
+
+@dataclass(frozen=True)
+class ApiConfig:
+    """What this process needs. `scheduler` is the endpoint of the scheduler's ROUTER, "ipc://…"; `model` what
+    `pd.models.info.check_model` found. `info` is shown by /server_info as it is: transfer, bootstrap_port,
+    max_running_requests and what else the parent knows.
+    """
+
+    model: ModelInfo
+    scheduler: str
+    role: str = "unified"
+    worker: int = 0
+    http: HttpConfig = field(default_factory=HttpConfig)
+    page_size: int = 32
+    request_timeout: float = 600.0  # longest time without a new token, seconds
+    limits: Limits = field(default_factory=Limits)
+    log: LogConfig = field(default_factory=LogConfig)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+Finished = Callable[[dict[str, Any]], None]
+
+
+async def main(config: ApiConfig, context: ChildContext) -> None:
+    """Serve until the parent asks to stop or the scheduler is lost. Raises ConfigError for a port that is taken."""
+    log = get_logger()
+    sockets = Sockets()
+    try:
+        link = sockets.dial(
+            zmq.DEALER,
+            config.scheduler,
+            LinkOptions(reconnect=False, identity=b"api-%d" % config.worker),
+            monitored=True,
+        )
+        send: Codec[ApiToScheduler] = Codec(ApiToScheduler)
+        receive: Codec[SchedulerToApi] = Codec(SchedulerToApi)
+        channel: Channel[ApiToScheduler, SchedulerToApi] = Channel(link, send, receive, "scheduler")
+        assert link.monitor is not None
+        service = Service(config, channel, lambda summary: log.debug("request_finished", **summary))
+        try:
+            await service.run(context.stopping, context.report_ready, link.monitor)
+        finally:
+            channel.close()
+    finally:
+        sockets.close()
+
+
+class Service:
+    """The process's parts and their order of start and end. `finished` observes every generating request."""
+
+    def __init__(self, config: ApiConfig, channel: SchedulerChannel, finished: Finished) -> None:
+        self.config = config
+        self.tokenizer = Tokenizer(config.model.path)
+        latencies = Latencies()
+        self.engine = Engine(
+            channel,
+            self._detokenizer,
+            latencies,
+            worker=config.worker,
+            idle_timeout_s=config.request_timeout,
+        )
+        context = Context(self.engine, self.tokenizer, latencies, served(config), config.limits, finished)
+        self.app = App(context, _report)
+
+    def _detokenizer(self, prompt: Prompt) -> Any:
+        return self.tokenizer.detokenizer(prompt.tokens, skip_special_tokens=prompt.skip_special_tokens)
+
+    async def run(
+        self,
+        stopping: asyncio.Event,
+        report_ready: Callable[[Mapping[str, Any]], None],
+        monitor: Monitor | None = None,
+    ) -> None:
+        """Bind, serve, and on `stopping` refuse new requests, finish running ones within the drain bound, end.
+
+        Raises ProcessError when the scheduler is lost: its clients have been told by then.
+        """
+        http = self.config.http
+        try:
+            listener = bind(http.host, http.port)
+        except OSError as error:
+            raise ConfigError("--port", f"cannot listen on {http.host}:{http.port}: {error}") from error
+        port = listener.getsockname()[1]
+        server = HttpServer(self.app, lambda: report_ready({"host": http.host, "port": port}))
+        async with asyncio.TaskGroup() as group:
+            background = [
+                group.create_task(self.engine.run()),
+                group.create_task(self.engine.sweep()),
+                group.create_task(self.app.writers.sweep()),
+            ]
+            if monitor is not None:
+                background.append(group.create_task(self._watch(monitor)))
+            serving = group.create_task(server.serve([listener]))
+            try:
+                await self._until_end(stopping)
+                reason = self.engine.lost_reason
+            finally:
+                server.should_exit = True
+                await serving
+                for task in background:
+                    task.cancel()
+                self.tokenizer.close()
+        if reason:
+            raise ProcessError("scheduler", reason)
+
+    async def _until_end(self, stopping: asyncio.Event) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (stopping, self.engine.lost)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self.engine.stop_accepting()
+        if not self.engine.lost.is_set():
+            await self._idle(self.config.http.drain_timeout)
+            self.engine.fail_all("the instance is shutting down", status=503)
+        await self._idle(FAREWELL_S)
+
+    async def _idle(self, bound_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.app.idle.wait(), bound_s)
+
+    async def _watch(self, monitor: Monitor) -> None:
+        """A closed or silent connection is known at once; the scheduler never comes back as the same one."""
+        async for event in monitor:
+            if event.kind is LinkEventKind.DISCONNECTED:
+                self.engine.lose("its connection ended")
+                return
+
+
+def served(config: ApiConfig) -> Served:
+    model = config.model
+    limits = ModelLimits(model.vocab_size, model.context_length, model.eos_token_ids, Defaults.read(model.path))
+    info = {"page_size": config.page_size, **config.info}
+    return Served(model.name, model.path, config.role, limits, info, created=int(time.time()))
+
+
+def _report(error: BaseException) -> None:
+    get_logger().error("request_crashed", exc_info=error)

@@ -1,0 +1,172 @@
+"""A model's tokenizer from its directory: `tokenizers` and jinja2 only, since transformers would import torch."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+import tokenizers
+
+from pd.api.chat_template import ChatTemplate
+from pd.api.detokenizer import (
+    CONTEXT_TOKENS,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    TokenBytes,
+    WindowDetokenizer,
+)
+from pd.errors import ModelError
+
+#: Texts up to this many characters are tokenised on the event loop: a thread's round trip costs more than they do.
+INLINE_CHARACTERS = 1024
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What pd itself reads of tokenizer.json; the rest is the library's."""
+
+    decoder: dict[str, Any] | None = None
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    if decoder.get("type") == "Sequence":
+        parts = [part.get("type") for part in decoder.get("decoders", ()) if part.get("type") != "Fuse"]
+        return parts == ["ByteLevel"]
+    return decoder.get("type") == "ByteLevel"
+
+
+class Tokenizer:
+    """Encoding, decoding and the chat template of one model. Safe to use from the loop and a thread at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ModelError when the directory has no usable tokenizer.json."""
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        try:
+            data = file.read_bytes()
+            described = msgspec.json.decode(data, type=_TokenizerFile)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except FileNotFoundError as error:
+            raise ModelError(str(path), "no tokenizer.json (save it with a fast tokenizer)") from error
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ModelError(str(path), f"tokenizer.json cannot be read: {error}") from error
+        # A truncation or padding stored by whoever trained it would silently change prompts.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._special = frozenset(
+            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._byte_level = _is_byte_level(described.decoder)
+        self._bytes = TokenBytes(self._tokenizer.id_to_token)
+        self._bytes_skipping = TokenBytes(self._tokenizer.id_to_token, self._special)
+        self._texts: dict[int, str] = {}
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pd-tokenize")
+        config = _read_json(directory / "tokenizer_config.json", str(path))
+        special = _special_tokens(config, _read_json(directory / "special_tokens_map.json", str(path)))
+        self.chat_template = _chat_template(directory, config, special)
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text. `encode_batch` releases the GIL where a plain `encode` holds it; long texts go to a
+        thread so that the loop goes on.
+        """
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            return self._encode(texts, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._encode, texts, add_special_tokens)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """For one output that follows `prompt`."""
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._bytes_skipping if skip_special_tokens else self._bytes)
+
+        def decode(ids: list[int]) -> str:
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+        skipped = self._special if skip_special_tokens else frozenset()
+        shown = (token_id for token_id in reversed(prompt) if token_id not in skipped)
+        context = list(itertools.islice(shown, CONTEXT_TOKENS))
+        return WindowDetokenizer(decode, context[::-1], skipped)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token in the middle of a text; an incomplete character shows as U+FFFD."""
+        text = self._texts.get(token_id)
+        if text is None:
+            if self._byte_level:
+                text = self._bytes[token_id].decode("utf-8", "replace")
+            else:
+                before = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
+                text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :]
+            self._texts[token_id] = text
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token; of an incomplete character its own bytes."""
+        if self._byte_level:
+            return self._bytes[token_id]
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return self.token_text(token_id).encode()
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """An ordinary token to decode others after, so that decoders do not take them for the start of a text."""
+        return list(self._tokenizer.encode("a", add_special_tokens=False).ids[-1:])
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_json(file: Path, model: str) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise ModelError(model, f"{file.name} cannot be read: {error}") from error
+
+
+def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
+    """bos_token and so on, each a string or an object with `content`; the first file that names one wins."""
+    special: dict[str, str] = {}
+    for config in configs:
+        for name in _SPECIAL_NAMES:
+            value = config.get(name)
+            if isinstance(value, dict):
+                value = value.get("content")
+            if isinstance(value, str):
+                special.setdefault(name, value)
+    return special
+
+
+def _chat_template(directory: Path, config: dict[str, Any], special: dict[str, str]) -> ChatTemplate | None:
+    """chat_template.jinja, else `chat_template` of the configuration: a string, or a list of which "default" counts."""
+    file = directory / "chat_template.jinja"
+    source: Any = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if not isinstance(source, str):
+        return None
+    try:
+        return ChatTemplate(source, special)
+    except jinja2.TemplateError as error:
+        raise ModelError(str(directory), f"chat template does not compile: {error}") from error
