@@ -1,12 +1,10 @@
-"""Architectures and their builders, and what a built model is. Imports no torch: the parent asks what is supported."""
+"""What a builder is given and what it builds. Which architecture has which builder: `Plugins.models()`."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
-
-import pluggy
 
 from pd.errors import ModelError
 from pd.types import ModelInfo
@@ -40,18 +38,6 @@ class Model(Protocol):
 class Builder(Protocol):
     def __call__(self, raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> Model:
         """`raw` is config.json. Raises ModelError."""
-
-
-def architectures(plugins: pluggy.PluginManager) -> dict[str, str]:
-    """Architecture -> dotted builder, from every plugin. Raises ValueError when two name the same architecture."""
-    found: dict[str, str] = {}
-
-    def register(architecture: str, builder: str) -> None:
-        if found.setdefault(architecture, builder) != builder:
-            raise ValueError(f"two builders for {architecture}: {found[architecture]} and {builder}")
-
-    plugins.hook.pd_register_models(register=register)
-    return found
 
 
 def load_builder(path: str, dotted: str) -> Builder:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from pd.abc.transfer import Region
@@ -19,6 +21,22 @@ from pd.types import BlockShape
 #: Most that the CPU's pool takes when neither its size nor its share is set: more would only cost page tables.
 DEFAULT_CPU_CAP = 2 << 30
 DEFAULT_CPU_SHARE = 0.15
+
+
+#: Where a container's memory limit and use stand (cgroup v2).
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(cgroup: Path = CGROUP) -> int:
+    """Bytes that may still be used on this host, and in this container where it has a limit."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int((cgroup / "memory.current").read_text())))
+    except FileNotFoundError:  # no cgroup v2, or its root: no limit
+        pass
+    return free
 
 
 def count_blocks(shape: BlockShape, *, max_total_tokens: int, fraction: float, free_bytes: int) -> int:
@@ -67,6 +85,12 @@ class KvPool:
         self.layers: Sequence[LayerKv] = [
             LayerKv(self.tensor[:, :, layer, 0], self.tensor[:, :, layer, 1]) for layer in range(shape.layers)
         ]
+
+    @property
+    def bytes(self) -> memoryview:
+        """The pool's memory."""
+        assert self.region.buffer is not None
+        return self.region.buffer
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of every head and layer of one block into another."""

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 
 from pd.errors import ProtocolError
-from pd.messages import LogprobRow, PromptRow, Push, StepDone, StepOrder
+from pd.messages import Admit, LogprobRow, PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
 from pd.runner.inputs import RequestTable, Row, StepInputs, build_inputs
 from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
 from pd.runner.sampler import Sampled, sample
+from pd.types import SamplingParams
 
 #: (blocks int32[n], valid tokens int32[n]) -> uint64[n]
 DigestBlocks = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDArray[np.uint64]]
@@ -59,6 +60,16 @@ class Worker:
         digests = self._digests(order)
         self._start_pushes(order)
         return self._done(order, inputs.rows, sampled, prompts, digests, started)
+
+    def warm_up(self) -> None:
+        """Take the first steps, which are slow, before anybody waits for them. Touches the scratch block only."""
+        key = -1
+        tokens = np.zeros(4, dtype=np.int32).tobytes()
+        admit = Admit(key, 0, tokens, 4, 0, b"", SamplingParams(temperature=1.0, top_p=0.9, logprobs=True))
+        row = np.array([key], dtype=np.int64).tobytes()
+        self.step(StepOrder(0, row, np.array([4], dtype=np.int32).tobytes(), b"\1", admit=[admit]))
+        self.step(StepOrder(0, row, np.array([1], dtype=np.int32).tobytes(), b"\1"))
+        self.table.apply(StepOrder(0, b"", b"", b"", release=[key]))
 
     def _copy(self, source: int, target: int, tokens: int) -> None:
         blocks, size = self._pool.num_blocks, self._pool.shape.tokens

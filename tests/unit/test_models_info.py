@@ -10,17 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pluggy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pd import hookspecs
 from pd.errors import ModelError
-from pd.models import plugin
 from pd.models.dense import RopeConfig, dense_config
-from pd.models.info import check_model
-from pd.models.registry import architectures, load_builder
+from pd.models.info import DENSE_ARCHITECTURES, check_model
+from pd.models.registry import load_builder
+from pd.plugins import load_plugins
 from tests.oracle import tiny_model
 
 
@@ -225,27 +223,16 @@ def test_other_architectures_need_a_plugin_and_are_not_second_guessed(copy_of: C
     assert check_model(str(path), supported=("CustomForCausalLM",)).architecture == "CustomForCausalLM"
 
 
-def test_builders_are_registered_once_per_architecture() -> None:
-    plugins = pluggy.PluginManager("pd")
-    plugins.add_hookspecs(hookspecs)
-    plugins.register(plugin)
-    found = architectures(plugins)
-    assert found == dict.fromkeys(("LlamaForCausalLM", "Qwen2ForCausalLM"), "pd.models.llama:build")
+def test_the_built_in_builders_are_registered_and_can_be_imported() -> None:
+    found = load_plugins().models()
+    assert found.items() >= dict.fromkeys(DENSE_ARCHITECTURES, "pd.models.llama:build").items()
     assert callable(load_builder("m", found["LlamaForCausalLM"]))
     with pytest.raises(ModelError, match="no_such"):
         load_builder("m", "pd.models.llama:no_such")
 
-    class Rival:
-        @pluggy.HookimplMarker("pd")
-        def pd_register_models(self, register: Any) -> None:
-            register("LlamaForCausalLM", "rival:build")
-
-    plugins.register(Rival())
-    with pytest.raises(ValueError, match="two builders for LlamaForCausalLM"):
-        architectures(plugins)
-
 
 def test_checking_a_model_does_not_import_torch() -> None:
     """The parent and the CLI check models; only runners import torch."""
-    code = "import sys, pd.models.info, pd.models.registry, pd.models.plugin; sys.exit('torch' in sys.modules)"
+    modules = "pd.models.info, pd.models.registry, pd.models.plugin, pd.runner.config"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
