@@ -23,8 +23,15 @@ def setting(
     unit: str = "",
     secret: bool = False,
     readme: bool = True,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """One setting. `flag` defaults to --field-name; the variable is PD_FIELD_NAME, `env` lists further names."""
+    """One setting. `flag` defaults to --field-name; the variable is PD_FIELD_NAME, `env` lists further names.
+
+    `at_least`, `above`, `at_most`, `below` bound a number.
+    """
     meta = {
         "help": help,
         "flag": flag,
@@ -35,6 +42,7 @@ def setting(
         "unit": unit,
         "secret": secret,
         "readme": readme,
+        "bounds": {"at_least": at_least, "above": above, "at_most": at_most, "below": below},
         "setting": True,
     }
     if callable(default):
@@ -64,17 +72,20 @@ class ModelConfig:
     served_model_name: str = setting("", "name in /v1/models and answers (default: the model as given)")
     dtype: str = setting("auto", "weights and KV", choices=("auto", "float32", "float16", "bfloat16"))
     trust_remote_code: bool = setting(False, "accepted for compatibility: pd never runs code from a model directory")
-    context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens")
+    context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens", at_least=0)
     device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
-    base_gpu_id: int = setting(0, "first GPU of this instance")
+    base_gpu_id: int = setting(0, "first GPU of this instance", at_least=0)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    page_size: int = setting(32, "tokens per KV block", unit="tokens")
-    max_total_tokens: int = setting(0, "size of the KV pool (0: from free memory)", unit="tokens")
+    page_size: int = setting(32, "tokens per KV block", unit="tokens", at_least=1)
+    max_total_tokens: int = setting(0, "size of the KV pool (0: from free memory)", unit="tokens", at_least=0)
     mem_fraction_static: float = setting(
-        0.0, "share of device memory for weights and KV pool (0: 0.88 on a GPU, 0.15 of free memory on the CPU)"
+        0.0,
+        "share of device memory for weights and KV pool (0: 0.88 on a GPU, 0.15 of free memory on the CPU)",
+        at_least=0,
+        below=1,
     )
     disable_prefix_cache: bool = setting(
         False, "do not reuse KV blocks of equal prefixes", aliases=("--disable-radix-cache",)
@@ -83,15 +94,19 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    max_running_requests: int = setting(256, "requests decoded at once")
-    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503")
-    chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens")
-    max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens")
+    max_running_requests: int = setting(256, "requests decoded at once", at_least=1)
+    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", at_least=1)
+    chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens", at_least=1)
+    max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens", at_least=1)
     local_prefill: str = setting("fallback", "when a decode instance prefills itself: never, fallback or short:N")
-    local_prefill_tokens: int = setting(512, "local prefill tokens per step on a decode instance", unit="tokens")
-    reserve_blocks: int = setting(1, "growth blocks per running request that are never granted", readme=False)
-    request_timeout: float = setting(600.0, "longest time without a new token", unit="s")
-    step_timeout: float = setting(60.0, "a step longer than this means that the runner hangs", unit="s")
+    local_prefill_tokens: int = setting(
+        512, "local prefill tokens per step on a decode instance", unit="tokens", at_least=1
+    )
+    reserve_blocks: int = setting(
+        1, "growth blocks per running request that are never granted", readme=False, at_least=0
+    )
+    request_timeout: float = setting(600.0, "longest time without a new token", unit="s", above=0)
+    step_timeout: float = setting(60.0, "a step longer than this means that the runner hangs", unit="s", above=0)
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,15 @@ class TransferConfig:
         default_transfer_threads,
         "threads that drive transfers per rank (0.75 x CPUs / 8, clamped to 4..12)",
         env=("SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",),
+        at_least=1,
     )
     transfer_queues: int = setting(
         4,
         "parallel transfer queues, sharded by peer; 1 = first come, first served",
         env=("SGLANG_DISAGGREGATION_QUEUE_SIZE",),
+        at_least=1,
     )
-    transfer_timeout: float = setting(30.0, "a push longer than this fails and its peer is reset", unit="s")
+    transfer_timeout: float = setting(30.0, "a push longer than this fails and its peer is reset", unit="s", above=0)
     transfer_memory: str = setting(
         "auto", "how `direct` reaches peers: auto, shm (one host) or tcp", choices=("auto", "shm", "tcp")
     )
@@ -124,30 +141,48 @@ class ControlConfig:
         "prefill: port that answers Hello (0: any)",
         flag="--control-port",
         aliases=("--disaggregation-bootstrap-port",),
+        at_least=0,
+        at_most=65535,
     )
     cluster_secret: str = setting("", "shared secret: encrypts the control plane, opens it across hosts", secret=True)
     insecure_control_plane: bool = setting(False, "allow control and data planes across hosts without a secret")
     bootstrap_timeout: float = setting(
-        300.0, "prefill: longest wait for the decode side", unit="s", env=("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT",)
+        300.0,
+        "prefill: longest wait for the decode side",
+        unit="s",
+        env=("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT",),
+        above=0,
     )
     waiting_timeout: float = setting(
-        300.0, "decode: longest wait for the KV cache", unit="s", env=("SGLANG_DISAGGREGATION_WAITING_TIMEOUT",)
+        300.0,
+        "decode: longest wait for the KV cache",
+        unit="s",
+        env=("SGLANG_DISAGGREGATION_WAITING_TIMEOUT",),
+        above=0,
     )
     heartbeat_interval: float = setting(
-        5.0, "application heartbeats between instances", unit="s", env=("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL",)
+        5.0,
+        "application heartbeats between instances",
+        unit="s",
+        env=("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL",),
+        above=0,
     )
     heartbeat_max_failure: int = setting(
-        2, "missed heartbeats before a peer is lost", env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",)
+        2, "missed heartbeats before a peer is lost", env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",), at_least=1
     )
-    link_heartbeat: float = setting(0.5, "ZMQ heartbeats: a frozen peer is lost after three", unit="s", readme=False)
-    connect_timeout: float = setting(3.0, "decode: longest wait for a prefill instance's Hello answer", unit="s")
+    link_heartbeat: float = setting(
+        0.5, "ZMQ heartbeats: a frozen peer is lost after three", unit="s", readme=False, above=0
+    )
+    connect_timeout: float = setting(
+        3.0, "decode: longest wait for a prefill instance's Hello answer", unit="s", above=0
+    )
 
 
 @dataclass(frozen=True)
 class HttpConfig:
     host: str = setting("127.0.0.1", "HTTP address")
-    port: int = setting(30000, "HTTP port (0: any)")
-    drain_timeout: float = setting(30.0, "longest wait for running requests on SIGTERM", unit="s")
+    port: int = setting(30000, "HTTP port (0: any)", at_least=0, at_most=65535)
+    drain_timeout: float = setting(30.0, "longest wait for running requests on SIGTERM", unit="s", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -181,30 +216,52 @@ class RouteConfig:
     """`pd route`."""
 
     prefill: tuple[str, ...] = setting((), "prefill instances: URL [PORT|none], repeated or as a list", metavar="URL")
+    prefill_bootstrap_ports: tuple[int, ...] = setting(
+        (),
+        "control port of each prefill instance, in order, instead of the one that it reports (0 or none: the reported)",
+        metavar="PORT",
+    )
     decode: tuple[str, ...] = setting((), "decode instances", metavar="URL")
     policy: str = setting("", "routing policy of every pool that names none of its own")
     prefill_policy: str = setting("", "policy of the prefill pool (default: cache_aware if installed, else random)")
     decode_policy: str = setting("", "policy of the decode pool (default: power_of_two if installed, else random)")
     pd_disaggregation: bool = setting(False, "accepted for compatibility: pd route always pairs prefill and decode")
-    health_interval: float = setting(1.0, "between health checks of a worker", unit="s")
-    health_timeout: float = setting(2.0, "a health check longer than this is a failure", unit="s")
-    health_failures: int = setting(2, "failures in a row before a worker is out")
-    request_timeout: float = setting(1800.0, "longest request", unit="s")
-    connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s")
-    max_body: int = setting(64 << 20, "largest request body", unit="bytes")
+    health_interval: float = setting(1.0, "between health checks of a worker", unit="s", above=0)
+    health_timeout: float = setting(2.0, "a health check longer than this is a failure", unit="s", above=0)
+    health_failures: int = setting(2, "failures in a row before a worker is out", at_least=1)
+    request_timeout: float = setting(1800.0, "longest request", unit="s", above=0)
+    connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s", above=0)
+    max_body: int = setting(64 << 20, "largest request body", unit="bytes", at_least=1)
     http: HttpConfig = field(default_factory=lambda: HttpConfig(port=8000))
     log: LogConfig = field(default_factory=LogConfig)
 
 
 @dataclass(frozen=True)
 class UpConfig:
-    """`pd up`: a local cluster. Settings of `pd serve` apply to every instance."""
+    """`pd up`: a local cluster. Settings of `pd serve` apply to every instance, those of `pd route` to the router.
 
-    prefill: int = setting(1, "prefill instances")
-    decode: int = setting(1, "decode instances")
-    unified: int = setting(0, "unified instances instead of pairs")
+    `omit`: settings that the cluster itself decides, or whose flag means the other part's. `--host` and `--port` are
+    the router's; a flag that both parts have (`--log-level`) sets both.
+    """
+
+    prefill: int = setting(1, "prefill instances", at_least=0)
+    decode: int = setting(1, "decode instances", at_least=0)
+    unified: int = setting(0, "unified instances instead of pairs", at_least=0)
     restart: bool = setting(True, "restart an instance that died, with back-off")
     serve: ServeConfig = field(
-        default_factory=lambda: ServeConfig(http=HttpConfig(port=0), control=ControlConfig(control_port=0))
+        default_factory=lambda: ServeConfig(http=HttpConfig(port=0), control=ControlConfig(control_port=0)),
+        metadata={"omit": ("role", "host", "port", "control_host", "control_port", "insecure_control_plane")},
     )
-    route: RouteConfig = field(default_factory=lambda: RouteConfig(http=HttpConfig(port=8000)))
+    route: RouteConfig = field(
+        default_factory=lambda: RouteConfig(http=HttpConfig(port=8000)),
+        metadata={
+            "omit": (
+                "prefill",
+                "prefill_bootstrap_ports",
+                "decode",
+                "pd_disaggregation",
+                "request_timeout",
+                "connect_timeout",
+            )
+        },
+    )

@@ -1,0 +1,285 @@
+"""What settings mean together: the checks that no single field can make, and flags of other systems.
+
+`given` maps a field's path to how the user set it ("--ib-device", "PD_IB_DEVICE"); a path that is absent has its
+default. Every error names the setting as it was typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from pd.config import ControlConfig, RouteConfig, ServeConfig, UpConfig
+from pd.errors import ConfigError
+
+Given = Mapping[tuple[str, ...], str]
+
+#: Names that pd's separately installable packages register: what to install for a name that is not here.
+_BACKEND_PACKAGES = {name: f"pd-transfer-{name}" for name in ("mooncake", "nixl", "ascend")}
+_POLICY_PACKAGES = dict.fromkeys(("cache_aware", "power_of_two", "least_load", "round_robin"), "pd-policies")
+#: Settings that act for some transfer backends only.
+_DEVICE_SETTINGS = ("ib_device", "transfer_memory")
+
+
+class Backend(Protocol):
+    """What `pd.abc.BackendInfo` offers."""
+
+    @property
+    def accepts(self) -> frozenset[str]: ...
+    @property
+    def unavailable(self) -> Any: ...
+
+
+def apply(config: Any, given: Given, backends: Mapping[str, Backend] | None, policies: Collection[str] | None) -> Any:
+    """The settings with what follows from others filled in. Raises ConfigError."""
+    match config:
+        case ServeConfig():
+            return _serve(config, given, backends)
+        case RouteConfig():
+            return _route(config, given, policies)
+        case UpConfig():
+            return _up(config, given, backends, policies)
+        case _:
+            return config
+
+
+# --- serve ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(config: ServeConfig, given: Given, backends: Mapping[str, Backend] | None) -> ServeConfig:
+    if not config.model.model:
+        raise ConfigError("MODEL", "no model given", "name a model directory")
+    _check_local_prefill(config.scheduler.local_prefill, given.get(("scheduler", "local_prefill"), "--local-prefill"))
+    _check_control_host(config.control, given.get(("control", "control_host"), "--control-host"))
+    return _with_transfer(config, given, backends, used=config.role != "unified")
+
+
+def _with_transfer(
+    config: ServeConfig, given: Given, backends: Mapping[str, Backend] | None, *, used: bool
+) -> ServeConfig:
+    """`used`: this process will open the backend, so its library must be here."""
+    transfer = config.transfer
+    source = given.get(("transfer", "transfer"))
+    device_source = given.get(("transfer", "ib_device"))
+    if source is None and device_source is not None:
+        transfer = replace(transfer, transfer="mooncake")  # SGLang's default backend
+        source = device_source
+    if backends is not None:
+        name = transfer.transfer
+        if name not in backends:
+            needed = "" if source != device_source else "an RDMA device without a backend means mooncake: "
+            raise ConfigError(
+                source or "--transfer",
+                f"{needed}transfer backend {name!r} is not installed; installed: {', '.join(sorted(backends))}",
+                f"pip install {_BACKEND_PACKAGES[name]}" if name in _BACKEND_PACKAGES else "see pd plugins",
+            )
+        for setting in _DEVICE_SETTINGS:
+            typed = given.get(("transfer", setting))
+            if typed is not None and setting not in backends[name].accepts:
+                raise ConfigError(typed, f"transfer backend {name} cannot use it")
+        reason = backends[name].unavailable() if used else None
+        if reason:
+            raise ConfigError(source or "--transfer", f"transfer backend {name} is unavailable: {reason}")
+    return replace(config, transfer=transfer)
+
+
+def _check_local_prefill(text: str, source: str) -> None:
+    word, colon, number = text.partition(":")
+    if text not in ("never", "fallback") and not (
+        word == "short" and colon and number.isascii() and number.isdigit() and int(number) > 0
+    ):
+        raise ConfigError(source, f"{text!r} is not never, fallback or short:N")
+
+
+def _check_control_host(control: ControlConfig, source: str) -> None:
+    if not control.control_host or control.cluster_secret or control.insecure_control_plane:
+        return
+    if not _is_loopback(control.control_host):
+        raise ConfigError(
+            source,
+            f"{control.control_host} is reachable from other hosts",
+            "set PD_CLUSTER_SECRET, or pass --insecure-control-plane on a network that you trust",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- route ----------------------------------------------------------------------------------------------------------
+
+
+def _route(config: RouteConfig, given: Given, policies: Collection[str] | None) -> RouteConfig:
+    source = given.get(("prefill",), "--prefill")
+    urls, ports = _urls_and_ports(config.prefill, source)
+    decode, decode_ports = _urls_and_ports(config.decode, given.get(("decode",), "--decode"))
+    if any(decode_ports):
+        raise ConfigError(given[("decode",)], "a decode instance has no bootstrap port")
+    if not decode:
+        raise ConfigError("--decode", "at least one decode instance is needed")
+    for pool, name in ((urls, source), (decode, given.get(("decode",), "--decode"))):
+        for url in pool:
+            if pool.count(url) > 1:
+                raise ConfigError(name, f"{url} is named twice")
+    ports = _merge_ports(config, ports, given.get(("prefill_bootstrap_ports",), "--prefill-bootstrap-ports"))
+    if given.get(("pd_disaggregation",)) and not config.pd_disaggregation:
+        raise ConfigError(given[("pd_disaggregation",)], "pd route always pairs prefill and decode")
+    _check_policies(config, given, (), policies)
+    return replace(config, prefill=urls, decode=decode, prefill_bootstrap_ports=ports)
+
+
+def _urls_and_ports(words: tuple[str, ...], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """`URL [PORT|none]`, repeated. Port 0: not given."""
+    urls: list[str] = []
+    ports: list[int] = []
+    port_allowed = False
+    for word in words:
+        if port_allowed and (word == "none" or word.isdigit()):
+            ports[-1] = 0 if word == "none" else _port(word, source)
+            port_allowed = False
+            continue
+        urls.append(_url(word, source))
+        ports.append(0)
+        port_allowed = True
+    return tuple(urls), tuple(ports)
+
+
+def _port(text: str, source: str) -> int:
+    if not 0 < int(text) < 65536:
+        raise ConfigError(source, f"{text} is not a port")
+    return int(text)
+
+
+def _url(word: str, source: str) -> str:
+    try:
+        parts = urlsplit(word)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(source, f"{word!r}: {error}") from None
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ConfigError(source, f"{word!r} is not of the form http://host:port")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"http://{host}:{port or 80}"
+
+
+def _merge_ports(config: RouteConfig, ports: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """`--prefill-bootstrap-ports`: one for all, or one for each; ports given beside a URL must agree."""
+    listed = config.prefill_bootstrap_ports
+    if not listed:
+        return ports if any(ports) else ()
+    if len(listed) == 1:
+        listed *= len(ports)
+    if len(listed) != len(ports):
+        raise ConfigError(source, f"{len(listed)} ports for {len(ports)} prefill instances")
+    for port in listed:
+        if port:
+            _port(str(port), source)
+    for beside, own in zip(ports, listed, strict=True):
+        if beside and own and beside != own:
+            raise ConfigError(source, f"{own} contradicts the port {beside} beside the prefill's URL")
+    return tuple(beside or own for beside, own in zip(ports, listed, strict=True))
+
+
+def _check_policies(
+    config: RouteConfig, given: Given, prefix: tuple[str, ...], policies: Collection[str] | None
+) -> None:
+    if policies is None:
+        return
+    for setting in ("policy", "prefill_policy", "decode_policy"):
+        name = getattr(config, setting)
+        if name and name not in policies:
+            raise ConfigError(
+                given.get((*prefix, setting), setting),
+                f"routing policy {name!r} is not installed; installed: {', '.join(sorted(policies))}",
+                f"pip install {_POLICY_PACKAGES[name]}" if name in _POLICY_PACKAGES else "see pd plugins",
+            )
+
+
+# --- up -------------------------------------------------------------------------------------------------------------
+
+
+def _up(
+    config: UpConfig, given: Given, backends: Mapping[str, Backend] | None, policies: Collection[str] | None
+) -> UpConfig:
+    serve = config.serve
+    if not serve.model.model:
+        serve = replace(serve, model=replace(serve.model, model=builtin_model()))
+    if config.unified:
+        for pool in ("prefill", "decode"):
+            if (pool,) in given and getattr(config, pool):
+                raise ConfigError(given[(pool,)], "--unified runs unified instances instead of pairs")
+        config = replace(config, prefill=0, decode=0)
+    elif not config.decode:
+        raise ConfigError(given.get(("decode",), "--decode"), "at least one decode instance is needed")
+    inner = {path[1:]: source for path, source in given.items() if path[0] == "serve"}
+    _check_local_prefill(serve.scheduler.local_prefill, inner.get(("scheduler", "local_prefill"), "--local-prefill"))
+    serve = _with_transfer(serve, inner, backends, used=not config.unified)
+    _check_policies(config.route, given, ("route",), policies)
+    return replace(config, serve=serve)
+
+
+def builtin_model() -> str:
+    """The small model that comes with pd: what `pd up` serves when no model is named."""
+    path = Path(__file__).resolve().parent / "builtin_model"
+    if not path.is_dir():
+        raise ConfigError("MODEL", "no model given, and this installation lacks the built-in one")
+    return str(path)
+
+
+# --- flags of other systems -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ForeignFlag:
+    """A flag of SGLang for what pd does not do: only a value that says what is true anyway is accepted."""
+
+    flags: tuple[str, ...]
+    true_anyway: tuple[str, ...] = ()
+    switch: bool = False
+
+
+_FOREIGN_FLAGS = (
+    _ForeignFlag(("--tensor-parallel-size", "--tp-size", "--tp"), ("1",)),
+    _ForeignFlag(("--data-parallel-size", "--dp-size", "--dp"), ("1",)),
+    _ForeignFlag(("--enable-dp-attention",), switch=True),
+    _ForeignFlag(("--moe-a2a-backend",), ("none",)),
+    _ForeignFlag(("--nnodes",), ("1",)),
+    _ForeignFlag(("--node-rank",), ("0",)),
+    _ForeignFlag(("--dist-init-addr",)),
+)
+
+
+def add_foreign_flags(parser: argparse.ArgumentParser, config_type: type) -> None:
+    if config_type not in (ServeConfig, UpConfig):
+        return
+    for foreign in _FOREIGN_FLAGS:
+        for flag in foreign.flags:  # a dest for each spelling, to name it as typed
+            dest = "foreign:" + flag
+            if foreign.switch:
+                parser.add_argument(flag, dest=dest, action="append_const", const="", help=argparse.SUPPRESS)
+            else:
+                parser.add_argument(flag, dest=dest, action="append", help=argparse.SUPPRESS)
+
+
+def refuse_foreign_flags(namespace: argparse.Namespace) -> None:
+    """One error that names every such flag that does not hold."""
+    refused: list[str] = []
+    for foreign in _FOREIGN_FLAGS:
+        for flag in foreign.flags:
+            for value in getattr(namespace, "foreign:" + flag, None) or ():
+                if value not in foreign.true_anyway:
+                    refused.append(f"{flag} {value}".strip())
+    if refused:
+        raise ConfigError(
+            ", ".join(refused),
+            "pd runs one accelerator per instance for now",
+            "start one instance per accelerator (tp-size 1, dp-size 1, nnodes 1 and node-rank 0 are accepted)",
+        )
