@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import msgspec
-import structlog
 
 import pd
+from pd.logs import get_logger
 from pd.router.client import ClientConnection
 from pd.router.http import Request, Response, error
 from pd.router.metrics import Exposition
@@ -17,7 +17,7 @@ from pd.router.proxy import Core
 from pd.router.upstream import fetch
 from pd.router.workers import Health, Worker
 
-log = structlog.get_logger("pd.router")
+log = get_logger()
 
 #: An operation that every worker carries out is given this long.
 _FAN_OUT_TIMEOUT = 30.0

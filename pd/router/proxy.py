@@ -15,9 +15,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-import structlog
-
 from pd.abc import RouteRequest
+from pd.logs import get_logger
 from pd.router.client import ClientConnection
 from pd.router.http import Request, Response, error, error_body, error_event, forward_head, relay_head
 from pd.router.metrics import Stats
@@ -25,7 +24,7 @@ from pd.router.selection import Lease, PolicyError, Selection
 from pd.router.upstream import Connection
 from pd.router.workers import Fleet, Worker
 
-log = structlog.get_logger("pd.router")
+log = get_logger()
 
 _DISCARD_LIMIT = 64 << 10
 
@@ -101,7 +100,7 @@ class Exchange:
 
     def expire(self) -> None:
         worker = self.decode.worker.url if self.decode is not None else ""
-        log.warning("request timed out", request=self._id, worker=worker, seconds=self.core.request_timeout)
+        log.warning("request_timed_out", request=self._id, worker=worker, seconds=self.core.request_timeout)
         connection = self._leave()
         problem = f"the request took longer than {self.core.request_timeout:g} s"
         if self.status:
@@ -135,7 +134,7 @@ class Exchange:
             if self.prefills is None and lease.worker.role != "unified":
                 self._choose_prefills()
         except PolicyError as err:
-            log.error("routing policy failed", request=self._id, exc_info=err)
+            log.error("routing_policy_failed", request=self._id, exc_info=err)
             self._answer(error(500, str(err), "routing_policy_failed"))
             return
         self._open(lease.worker, lease.worker.connections.get())
@@ -181,7 +180,7 @@ class Exchange:
             lease.worker.suspect(reason)
         else:
             lease.worker.check_now.set()
-        log.info("decode replaced", request=self._id, worker=lease.worker.url, reason=reason)
+        log.info("decode_replaced", request=self._id, worker=lease.worker.url, reason=reason)
         self._attempt()
 
     def _none_left(self) -> None:
@@ -234,7 +233,7 @@ class Exchange:
         worker = self.decode.worker
         if self.status:
             worker.suspect(reason)
-            log.warning("answer broken off", request=self._id, worker=worker.url, reason=reason)
+            log.warning("answer_broken_off", request=self._id, worker=worker.url, reason=reason)
             self._leave()
             self._break(connection, 502, f"the decode instance failed: {reason}", "worker_failed")
         elif connection.reused and not connection.received:

@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
-import structlog
-
 from pd.abc import PolicyContext, RouteRequest, RoutingPolicy, WorkerView
 from pd.config import RouteConfig
 from pd.errors import ConfigError, PdError
+from pd.logs import get_logger
 from pd.router.http import HeaderMap, Request
 from pd.router.prompt import Prompt, read_prompt
 from pd.router.workers import Fleet, Worker
 
-log = structlog.get_logger("pd.router")
+log = get_logger()
 
 #: Prefill candidates named to a decode instance: the policy's choice and alternatives.
 MAX_PREFILLS = 3
@@ -80,7 +79,7 @@ class Lease:
             try:
                 self._policy.finished(self._request, self._view)
             except Exception:  # third-party code; the request itself is over, so its answer stands
-                log.exception("routing policy failed in finished()", worker=self.worker.url)
+                log.exception("routing_policy_failed", worker=self.worker.url)
 
 
 class Selector:
@@ -133,7 +132,7 @@ class Selection:
             raise ConfigError("--policy", "no routing policy is installed", "reinstall pd-serve")
         policy = entries[name].factory(PolicyContext(pool, {}, random.random, time.monotonic))
         if workers:
-            log.info("routing policy", pool=pool, policy=name, workers=len(workers))
+            log.info("routing_policy", pool=pool, policy=name, workers=len(workers))
         return Selector(pool, workers, name, policy)
 
     def describe(self, request: Request) -> RouteRequest:

@@ -9,11 +9,12 @@ import signal
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-import structlog
 import uvloop
 
 from pd.config import RouteConfig
 from pd.errors import ConfigError
+from pd.logs import configure, get_logger
+from pd.process import ChildContext
 from pd.router.client import ClientConnection, Handler, Limits
 from pd.router.http import Request, error
 from pd.router.metrics import Stats
@@ -22,7 +23,7 @@ from pd.router.proxy import Core, Exchange
 from pd.router.selection import PolicyEntry, Selection
 from pd.router.workers import Fleet
 
-log = structlog.get_logger("pd.router")
+log = get_logger()
 
 #: What goes to a decode instance, by path.
 PROXIED = {
@@ -108,7 +109,7 @@ class Router:
             async with asyncio.timeout(bound):
                 await self._empty.wait()
         except TimeoutError:
-            log.warning("requests cut off", clients=len(self.clients), drain_timeout=bound)
+            log.warning("requests_cut_off", clients=len(self.clients), drain_timeout=bound)
             for client in list(self.clients):
                 client.transport.abort()
             await self._empty.wait()
@@ -140,10 +141,10 @@ async def serve(
         try:
             host, port = server.sockets[0].getsockname()[:2]
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            log.info("router listening", url=url)
+            log.info("router_listening", url=url)
             ready({"url": url, "host": host, "port": port})
             await stop.wait()
-            log.info("router draining", clients=len(router.clients), active=router.stats.active)
+            log.info("router_draining", clients=len(router.clients), active=router.stats.active)
             server.close()
             await router.drain(config.http.drain_timeout)
         finally:
@@ -151,7 +152,7 @@ async def serve(
             for task in background:
                 task.cancel()
             router.fleet.close()
-    log.info("router stopped")
+    log.info("router_stopped")
 
 
 async def _owned(client: ClientConnection, work: Coroutine[Any, Any, None]) -> None:
@@ -159,7 +160,7 @@ async def _owned(client: ClientConnection, work: Coroutine[Any, Any, None]) -> N
     try:
         await work
     except Exception:
-        log.exception("defect in a request's task")
+        log.exception("defect_in_a_request_task")
         client.transport.abort()
 
 
@@ -178,10 +179,19 @@ async def _serve_until_signalled(config: RouteConfig, policies: Mapping[str, Pol
     await serve(config, lambda _: None, stop, policies)
 
 
+async def main(config: RouteConfig, context: ChildContext) -> int:
+    """Process target of `pd up`: reports what `serve` says and stops when the parent asks."""
+    from pd.plugins import load_plugins
+
+    await serve(config, context.report_ready, context.stopping, load_plugins().policies())
+    return 0
+
+
 def run(config: RouteConfig) -> int:
     """The `pd route` command. Returns the exit code; raises ConfigError."""
     from pd.plugins import load_plugins
 
+    configure("router", "", config.log)
     policies = load_plugins().policies()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _unwrapped():
         runner.run(_serve_until_signalled(config, policies))

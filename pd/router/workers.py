@@ -16,15 +16,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-import structlog
 
 from pd.abc import WorkerView
 from pd.config import RouteConfig
 from pd.errors import ConfigError
+from pd.logs import get_logger
 from pd.router.upstream import ConnectionPool, fetch
 from pd.types import InstanceState, Load
 
-log = structlog.get_logger("pd.router")
+log = get_logger()
 
 #: A check that was brought forward starts this much after the last one at the earliest.
 _CHECK_SPACING = 0.1
@@ -147,7 +147,7 @@ class Worker:
         """A connection failed on the request path: out of the rotation until the next check says otherwise."""
         if self.health is Health.HEALTHY:
             self.health = Health.SUSPECT
-            log.warning("worker suspect", worker=self.url, pool=self.pool, reason=reason)
+            log.warning("worker_suspect", worker=self.url, pool=self.pool, reason=reason)
         self.check_now.set()
 
     def passed(self, info: dict[str, Any], now: float) -> None:
@@ -156,17 +156,17 @@ class Worker:
             self._learn(info, now)
         if self.health is not Health.HEALTHY:
             self.health = Health.HEALTHY
-            log.info("worker healthy", worker=self.url, pool=self.pool, role=self.role, control=self.control_endpoint)
+            log.info("worker_healthy", worker=self.url, pool=self.pool, role=self.role, control=self.control_endpoint)
             if not self.accepting and self.state is InstanceState.READY:
                 why = "has no control endpoint" if self.pool == "prefill" else f"is a {self.role} instance"
-                log.error("worker cannot do its pool's work", worker=self.url, pool=self.pool, problem=why)
+                log.error("worker_cannot_do_its_pool_work", worker=self.url, pool=self.pool, problem=why)
 
     def failed(self, reason: str, limit: int) -> None:
         self.failures += 1
         if self.failures >= limit and self.health is not Health.OUT:
             self.health = Health.OUT
             self.load, self._view = None, None
-            log.warning("worker out", worker=self.url, pool=self.pool, failures=self.failures, reason=reason)
+            log.warning("worker_out", worker=self.url, pool=self.pool, failures=self.failures, reason=reason)
 
     def _learn(self, info: dict[str, Any], now: float) -> None:
         self.info = info
@@ -269,7 +269,7 @@ class Fleet:
             return
         if info.get("state") == InstanceState.DRAINING.value and worker.state is not InstanceState.DRAINING:
             worker.state = InstanceState.DRAINING
-            log.info("worker draining", worker=worker.url, pool=worker.pool)
+            log.info("worker_draining", worker=worker.url, pool=worker.pool)
         if answer.status == 200:
             worker.passed(info, time.monotonic())
         else:
