@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -35,19 +36,40 @@ def tiny_model(
     shards: int = 1,
     older_config: bool = False,
     dtype: str = "float32",
+    tokenizer: bool = False,
     **overrides: Any,
 ) -> str:
     """Directory of a random `arch` ("llama" or "qwen2") model; the same arguments give the same model.
 
     Made once per session: `folder` is where a new one goes. `older_config` writes config.json as transformers 4 did.
-    `overrides` are fields of the transformers configuration.
+    `tokenizer` adds one whose token ids are the 256 bytes. `overrides` are fields of the transformers configuration.
     """
-    key = json.dumps([arch, shards, older_config, dtype, overrides], sort_keys=True)
+    key = json.dumps([arch, shards, older_config, dtype, tokenizer, overrides], sort_keys=True)
     if key not in _made:
         path = Path(folder) / f"{arch}-{len(_made)}"
         _save(path, arch, shards, older_config, dtype, overrides)
+        if tokenizer:
+            _save_tokenizer(path)
         _made[key] = str(path)
     return _made[key]
+
+
+def _save_tokenizer(path: Path) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_of)
+    made = Tokenizer(models.BPE(vocab={letter: value for value, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(path / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _byte_of(letter: str) -> int:
+    """The byte that a letter of the byte-level alphabet stands for: itself if printable, else shifted above 255."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return ord(letter) if ord(letter) < 256 else others[ord(letter) - 256]
 
 
 def _save(path: Path, arch: str, shards: int, older_config: bool, dtype: str, overrides: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ hold. Key: a row's 64-bit seed. Counter: (token id // 4, position, choice, 0); w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class DrawKeys:
-    """One row per draw: seed (any integer, taken modulo 2**64), choice, and position of the token to be sampled."""
+    """One row per draw: seed (taken modulo 2**64), choice and position of the token to be sampled (modulo 2**32)."""
 
     seeds: tuple[int, ...]
     choices: tuple[int, ...]
@@ -51,11 +52,11 @@ def gumbel(keys: DrawKeys, vocab: int, device: torch.device) -> torch.Tensor:
     columns = torch.arange((vocab + 3) // 4, device=device)[None]
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
-    def column(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+    def column(values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor([value & _WORD for value in values], dtype=torch.int64, device=device)[:, None]
 
-    key = column([seed & _WORD for seed in keys.seeds]), column([(seed >> 32) & _WORD for seed in keys.seeds])
-    counter = columns, column(list(keys.positions)), column(list(keys.choices)), zero
+    key = column(keys.seeds), column(seed >> 32 for seed in keys.seeds)
+    counter = columns, column(keys.positions), column(keys.choices), zero
     words = torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :vocab]
     uniform = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1.0 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()

@@ -45,7 +45,7 @@ def prompt_logprobs(model: Model, hidden: torch.Tensor, row: Row, vocab: int) ->
     end = min(row.end, request.prompt_len - 1) + 1
     if request.logprob_start < 0 or start >= end:
         return None
-    sampling, width = request.sampling, min(request.prompt_top_logprobs, vocab)
+    sampling, width = request.sampling, max(0, min(request.prompt_top_logprobs, vocab))
     chosen, ids, tops, wanted = [], [], [], []
     begin = max(start, 1)
     if start == 0:
@@ -74,7 +74,7 @@ def prompt_logprobs(model: Model, hidden: torch.Tensor, row: Row, vocab: int) ->
 def _tops(logprobs: torch.Tensor, width: int) -> TopLogprobs | None:
     """logprobs [n, V] -> the best `width` of each row, best first."""
     width = min(width, logprobs.shape[-1])
-    if not width:
+    if width <= 0:
         return None
     top = logprobs.topk(width, dim=-1)
     return TopLogprobs(width, top.indices.to(torch.int32).numpy().tobytes(), top.values.numpy().tobytes())

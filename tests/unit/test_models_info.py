@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from pd.errors import ModelError
 from pd.models.dense import RopeConfig, dense_config
@@ -236,3 +237,12 @@ def test_checking_a_model_does_not_import_torch() -> None:
     modules = "pd.models.info, pd.models.registry, pd.models.plugin, pd.runner.config"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_the_oracles_tokenizer_maps_every_byte_to_itself(folder: Path) -> None:
+    path = tiny_model(folder, tokenizer=True)
+    made = Tokenizer.from_file(f"{path}/tokenizer.json")
+    text = "Hi\n\x00 é ~ ÿ"
+    assert made.encode(text).ids == list(text.encode())
+    assert made.decode(list(text.encode())) == text
+    assert made.get_vocab_size() == check_model(path).vocab_size
