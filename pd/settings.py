@@ -77,7 +77,10 @@ class Parser(argparse.ArgumentParser):
             flag = extra.split("=", 1)[0]
             if not flag.startswith("-"):
                 continue
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            shown = [
+                name for action in self._actions if action.help != argparse.SUPPRESS for name in action.option_strings
+            ]
+            near = difflib.get_close_matches(flag, shown, n=1)
             raise ConfigError(flag, "unknown flag", f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
         if extras:
             raise ConfigError(extras[0], "unexpected argument", f"see {self.prog} --help")
