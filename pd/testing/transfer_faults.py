@@ -1,0 +1,221 @@
+"""The conformance suite, second part: peers that die, freeze or come back, and memory that is taken back from them."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from pd.errors import PeerLost, TransferError
+from pd.testing.transfer_harness import BLOCK, MARK, REUSED, TransferHarness
+from pd.testing.transfer_peer import RemoteSide
+from pd.transfer.digest import digest_span
+
+
+class TransferFaults(TransferHarness):
+    """Tests of `pd.testing.TransferConformance`."""
+
+    # --- peers that die, freeze, come back ---
+
+    def test_a_killed_receiver_is_noticed_quickly_and_others_go_on(self) -> None:
+        victim, other = self.connected("victim"), self.connected("other")
+        self.here.pattern(11)
+        self.grant_all(victim, 1)
+        rows = self.everything()
+        victim.kill()
+        start = time.monotonic()
+        try:
+            outcomes = {self.outcome(ticket, self.bound) for ticket in self.post_all(victim, rows, 1)}
+        except TransferError:
+            outcomes = {"failed"}
+        assert outcomes == {"failed"} and time.monotonic() - start <= self.bound
+        self.works(other)
+        self.bounded("reset_peer", lambda: self.here.reset_peer("victim"))
+
+    def test_a_receiver_killed_in_the_middle_is_noticed_quickly(self) -> None:
+        victim = self.connected("victim")
+        self.here.pattern(12)
+        self.grant_all(victim, 1)
+        victim.freeze()
+        try:
+            tickets = self.post_all(victim, self.everything(), 1)
+        except TransferError:
+            tickets = []
+        victim.kill()
+        for ticket in tickets:
+            assert self.outcome(ticket, self.bound) in ("failed", "applied")
+        self.bounded("reset_peer", lambda: self.here.reset_peer("victim"))
+
+    def test_a_frozen_receiver_holds_up_nobody_else(self) -> None:
+        frozen, other = self.connected("frozen"), self.connected("other")
+        self.here.pattern(13)
+        self.grant_all(frozen, 1)
+        frozen.freeze()
+        tickets = self.bounded("post", lambda: self.post_all(frozen, self.everything(), 1))
+        for ticket in tickets:
+            self.bounded("poll", lambda ticket=ticket: self.here.poll(ticket))  # type: ignore[misc]
+        self.works(other)
+        frozen.thaw()
+        for ticket in tickets:
+            self.wait(ticket)
+
+    def test_after_reset_no_reused_source_byte_reaches_a_frozen_receiver(self) -> None:
+        remote = self.connected("there")
+        self.here.pattern(14)
+        self.grant_all(remote, 1)
+        remote.freeze()
+        tickets = self.post_all(remote, self.everything(), 1)
+        self._reset_and_check(remote, tickets, thaw=True)
+
+    def test_after_reset_no_reused_source_byte_arrives(self) -> None:
+        remote = self.connected("there")
+        for attempt in range(5):
+            self.here.pattern(15)
+            remote.call("fill", MARK)
+            self.grant_all(remote, attempt)
+            tickets = self.post_all(remote, self.everything(), attempt)
+            time.sleep(0.001 * attempt)
+            self._reset_and_check(remote, tickets, thaw=False, tag=attempt)
+            self.connect(remote)
+
+    def _reset_and_check(self, remote: RemoteSide, tickets: list[int], thaw: bool, tag: int = 1) -> None:
+        """Reset while a transfer is under way, reuse the source at once, look at what got there."""
+        states = [self._applied(ticket) for ticket in tickets]
+        self.bounded("reset_peer", lambda: self.here.reset_peer(remote.identity))
+        self.here.fill(REUSED)
+        if thaw:
+            remote.thaw()
+        reported = [before or self._applied(ticket) for before, ticket in zip(states, tickets, strict=True)]
+        time.sleep(0.3)
+        # What was not reported by the time of the reset is never reported.
+        assert [before or self._applied(ticket) for before, ticket in zip(states, tickets, strict=True)] == reported
+        if not self.receiver_driven:
+            assert remote.call("count", REUSED) == 0
+            return
+        digests = remote.call("take_digests", tag, "here")
+        if all(reported):
+            return
+        reused = digest_span(np.full(BLOCK, REUSED, dtype=np.uint8), 0)
+        assert not [row for row in digests if row[3] == reused], "reused bytes were taken for a landing"
+        assert remote.call("revoke", tag, "here")
+        remote.call("fill", MARK)
+        time.sleep(0.3)
+        assert remote.call("count", MARK) == self.region
+
+    def _applied(self, ticket: int) -> bool:
+        try:
+            return self.here.poll(ticket)
+        except TransferError:
+            return False
+
+    def test_a_restarted_receiver_is_a_new_peer(self) -> None:
+        first = self.connected("there#1")
+        self.works(first)
+        old = first.call("descriptor")
+        first.kill()
+        second = self.remote("there#2")
+        try:
+            self.here.connect(old)
+        except PeerLost:
+            pass
+        else:
+            raise AssertionError("connected to an incarnation that is dead")
+        self.connect(second)
+        self.works(second)
+
+    def test_the_same_peer_can_be_connected_again_after_a_reset(self) -> None:
+        remote = self.connected("there")
+        self.works(remote, 1)
+        self.here.reset_peer("there")
+        self.connect(remote)
+        self.works(remote, 2)
+
+    # --- revoke and expel ---
+
+    def test_after_a_revoke_nothing_of_the_hand_off_lands(self) -> None:
+        self.need(self.here.capabilities.revocable, "this backend cannot revoke")
+        remote = self.remote("there")
+        remote.call("connect", self.here.descriptor())
+        remote.call("fill", REUSED)
+        landed = []
+        for tag in range(1, 9):
+            self.here.fill(MARK)
+            self.here.grant(tag, [[0, self.region]], "there")
+            ticket = remote.call("post", "here", self.everything()[: self.here.capabilities.max_spans_per_post], tag)
+            time.sleep(0.0007 * tag)
+            assert self.bounded("revoke", lambda tag=tag: self.here.revoke(tag, "there"))  # type: ignore[misc]
+            before = int(np.count_nonzero(self.here.memory == REUSED))
+            self.here.fill(MARK)
+            self.until(lambda ticket=ticket: self._ended(remote, ticket))  # type: ignore[misc]
+            assert not np.count_nonzero(self.here.memory == REUSED), "bytes landed after revoke"
+            landed.append(before)
+        # The hand-off that is not revoked is not harmed.
+        self.here.grant(99, [[0, BLOCK]], "there")
+        ticket = remote.call("post", "here", self.rows([(0, 0)]), 99)
+        self.until(lambda: remote.call("poll", ticket))
+        assert self.here.count(REUSED) == BLOCK
+
+    @staticmethod
+    def _ended(remote: RemoteSide, ticket: int) -> bool:
+        try:
+            return bool(remote.call("poll", ticket))
+        except TransferError:
+            return True
+
+    def test_a_frozen_sender_does_not_hold_up_revoke_or_expel(self) -> None:
+        self.need(self.here.capabilities.revocable, "this backend cannot revoke")
+        remote = self.remote("there")
+        remote.call("connect", self.here.descriptor())
+        remote.call("fill", REUSED)
+        for tag in (1, 2):
+            self.here.grant(tag, [[0, self.region]], "there")
+            remote.call("post", "here", self.everything()[: self.here.capabilities.max_spans_per_post], tag)
+        remote.freeze()
+        assert self.bounded("revoke", lambda: self.here.revoke(1, "there"))
+        assert self.bounded("expel", lambda: self.here.expel("there"))
+        self.here.fill(MARK)
+        remote.thaw()
+        time.sleep(0.5)
+        assert not self.here.count(REUSED)
+
+    def test_an_expelled_sender_writes_nothing_any_more(self) -> None:
+        remote = self.remote("there")
+        remote.call("connect", self.here.descriptor())
+        remote.call("fill", REUSED)
+        self.here.grant(1, [[0, self.region]], "there")
+        remote.call("post", "here", self.everything()[: self.here.capabilities.max_spans_per_post], 1)
+        quiet = self.bounded("expel", lambda: self.here.expel("there"))
+        assert quiet or not self.here.capabilities.revocable
+        if not quiet:
+            return
+        self.here.fill(MARK)
+        try:
+            remote.call("connect", self.here.descriptor())
+            remote.call("post", "here", self.rows([(0, 0)]), 2)
+        except TransferError:
+            pass
+        time.sleep(0.3)
+        assert not self.here.count(REUSED)
+
+    def test_a_dead_sender_can_be_expelled(self) -> None:
+        remote = self.remote("there")
+        remote.call("connect", self.here.descriptor())
+        remote.call("fill", REUSED)
+        self.here.grant(1, [[0, self.region]], "there")
+        remote.call("post", "here", self.everything()[: self.here.capabilities.max_spans_per_post], 1)
+        remote.kill()
+
+        def quiet() -> bool:
+            return self.bounded("expel", lambda: self.here.expel("there"))
+
+        self.until(quiet, 20.0)
+        self.here.fill(MARK)
+        time.sleep(0.3)
+        assert not self.here.count(REUSED)
+        replacement = self.remote("there#2")
+        replacement.call("connect", self.here.descriptor())
+        replacement.call("fill", REUSED)
+        self.here.grant(2, [[0, BLOCK]], "there#2")
+        ticket = replacement.call("post", "here", self.rows([(0, 0)]), 2)
+        self.until(lambda: replacement.call("poll", ticket))
+        assert self.here.count(REUSED) == BLOCK

@@ -1,0 +1,142 @@
+"""What the conformance suite's tests stand on: sides, peers, spans and bounded waits."""
+
+from __future__ import annotations
+
+import time
+import unittest
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pd.errors import TransferError
+from pd.testing.transfer_peer import RemoteSide, Side, checksum, pattern
+
+KIB, MIB = 1 << 10, 1 << 20
+BLOCK = 64 * KIB
+REUSED, MARK = 255, 0  # bytes that `pattern` never makes
+
+
+class TransferHarness:
+    """Settings and helpers of `pd.testing.TransferConformance`."""
+
+    factory: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, str]] = {}
+    host: ClassVar[str] = "127.0.0.1"
+    secret: ClassVar[str] = ""
+    #: The receiver fetches: after reset_peer it may still read, but reports nothing and writes only what is granted.
+    receiver_driven: ClassVar[bool] = False
+    #: Refuses peers that do not know the secret.
+    authenticates: ClassVar[bool] = False
+    region: ClassVar[int] = 32 * MIB
+    #: Seconds within which a dead peer is noticed, and revoke, expel and reset_peer return.
+    bound: ClassVar[float] = 6.0
+    idle_cpu: ClassVar[float] = 0.03
+
+    def setup_method(self, method: Any = None) -> None:
+        self._remotes: list[RemoteSide] = []
+        self._sides: list[Side] = []
+        self.here = self.local("here")
+
+    def teardown_method(self, method: Any = None) -> None:
+        for remote in self._remotes:
+            remote.kill()
+        for side in self._sides:
+            side.close()
+
+    # --- helpers, also for a backend's own tests ---
+
+    def local(self, identity: str) -> Side:
+        side = Side(self.factory, self.host, self.secret, self.options)
+        self._sides.append(side)
+        side.open(identity, self.region, BLOCK)
+        return side
+
+    def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
+        remote = RemoteSide(self.factory, self.host, self.secret if secret is None else secret, self.options)
+        self._remotes.append(remote)
+        remote.identity = identity
+        remote.call("open", identity, self.region, BLOCK)
+        return remote
+
+    def connected(self, identity: str) -> RemoteSide:
+        """A new peer process to which this process is connected as sender."""
+        remote = self.remote(identity)
+        self.connect(remote)
+        return remote
+
+    def connect(self, remote: RemoteSide) -> None:
+        assert self.here.connect(remote.call("descriptor")) == remote.identity
+
+    def need(self, capability: bool, what: str) -> None:
+        if not capability:
+            raise unittest.SkipTest(what)
+
+    def until(self, done: Callable[[], bool], timeout: float = 20.0) -> None:
+        """Poll `done`, driving the local backend, until it is true."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            assert time.monotonic() < deadline, f"not done within {timeout:g} s"
+            for side in self._sides:
+                side.progress()
+            time.sleep(0.0005)
+
+    def wait(self, ticket: int, timeout: float = 20.0) -> None:
+        """Until a local ticket is applied. Raises what `poll` raises."""
+        self.until(lambda: self.here.poll(ticket), timeout)
+
+    def outcome(self, ticket: int, timeout: float) -> str:
+        """ "applied", "failed", or "pending" after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            try:
+                if self.here.poll(ticket):
+                    return "applied"
+            except TransferError:
+                return "failed"
+            time.sleep(0.001)
+        return "pending"
+
+    def bounded(self, what: str, call: Callable[[], Any]) -> Any:
+        """The result of a call that must come within `bound` seconds."""
+        start = time.monotonic()
+        result = call()
+        took = time.monotonic() - start
+        assert took <= self.bound, f"{what} took {took:.1f} s"
+        return result
+
+    @staticmethod
+    def rows(pairs: Sequence[tuple[int, int]], length: int = BLOCK) -> list[list[int]]:
+        """Spans from (local block, remote block), sorted as the core sorts them."""
+        return sorted(([0, a * length, 0, b * length, length] for a, b in pairs), key=lambda row: row[3])
+
+    def everything(self) -> list[list[int]]:
+        """The whole region, block by block in another order, so that no two spans merge."""
+        count = self.region // BLOCK
+        order = np.random.default_rng(9).permutation(count).tolist()
+        return self.rows(list(zip(order, range(count), strict=True)))
+
+    def grant_all(self, remote: RemoteSide, tag: int, sender: str = "here") -> None:
+        remote.call("grant", tag, [[0, self.region]], sender)
+
+    def post_all(self, remote: RemoteSide, rows: list[list[int]], tag: int) -> list[int]:
+        """Tickets of as many posts as the spans need."""
+        step = self.here.capabilities.max_spans_per_post
+        return [self.here.post(remote.identity, rows[i : i + step], tag) for i in range(0, len(rows), step)]
+
+    def expected(self, rows: list[list[int]], base: int = MARK) -> np.ndarray:
+        """What the receiver's region holds after these spans, given that it held `base` before."""
+        out = np.full(self.region, base, dtype=np.uint8)
+        for _, source, _, target, length in rows:
+            out[target : target + length] = self.here.memory[source : source + length]
+        return out
+
+    def works(self, remote: RemoteSide, tag: int = 1 << 40) -> None:
+        """One block gets there."""
+        self.here.memory[:BLOCK] = pattern(77, BLOCK)
+        remote.call("fill", MARK)
+        remote.call("grant", tag, [[BLOCK, BLOCK]], "here")
+        rows = self.rows([(0, 1)])
+        self.wait(self.here.post(remote.identity, rows, tag))
+        remote.call("fence", "here")
+        assert remote.call("checksum") == checksum(self.expected(rows))

@@ -1,0 +1,271 @@
+"""One end of a transfer for the conformance suite: here in this process (`Side`), or in one of its own (`RemoteSide`).
+
+Run as `python -m pd.testing.transfer_peer`, it answers one JSON line per JSON line and drives its backend in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import psutil
+
+from pd.abc import BackendContext, Peer, Region, TransferBackend
+from pd.errors import PeerLost, TransferError
+
+CALL_TIMEOUT = 30.0
+
+#: [local region, local offset, remote region, remote offset, length]
+Rows = Sequence[Sequence[int]]
+
+
+class HostMemory:
+    """`DeviceMemory` for backends that are tested on host memory."""
+
+    device = "cpu"
+
+    def digest(self, regions: Any, spans: Any, keys: Any) -> Any:
+        raise TransferError("a backend needs no digests of host memory")
+
+    def copy(self, region: Region, offset: int, buffer: memoryview, *, to_device: bool) -> None:
+        raise TransferError("a backend needs no staging of host memory")
+
+    def fence(self) -> None:
+        """Nothing to do."""
+
+
+def make_backend(factory: str, host: str, secret: bytes | None, options: Mapping[str, str]) -> TransferBackend:
+    """A backend from the dotted name "module:function" of its factory."""
+    module, _, name = factory.partition(":")
+    make = getattr(importlib.import_module(module), name)
+    backend = make(BackendContext(host=host, device="cpu", memory=HostMemory(), secret=secret, options=options))
+    assert isinstance(backend, TransferBackend)
+    return backend
+
+
+class Side:
+    """A backend with one region of host memory. Methods take and return what JSON can carry."""
+
+    def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
+        self.backend = make_backend(factory, host, secret.encode() if secret else None, options)
+        self.capabilities = self.backend.capabilities
+        self._peers: dict[str, Peer] = {}
+        self._tickets: list[Any] = []
+        self._region: Region | None = None
+
+    def open(self, identity: str, nbytes: int, block_bytes: int = 0) -> None:
+        self.backend.open(identity)
+        region = self.backend.allocate(nbytes, "cpu")
+        if region is None:
+            raw = np.zeros(nbytes, dtype=np.uint8)
+            region = Region(0, int(raw.ctypes.data), nbytes, "cpu", raw.data, raw)
+        self._region = replace(region, index=0, block_bytes=block_bytes)
+        self.backend.register([self._region])
+
+    @property
+    def memory(self) -> np.ndarray:
+        """The region as uint8[nbytes]."""
+        assert self._region is not None
+        return np.frombuffer(self._region.buffer, dtype=np.uint8)  # type: ignore[arg-type]
+
+    def descriptor(self) -> str:
+        return self.backend.descriptor().hex()
+
+    def progress(self) -> None:
+        if self.capabilities.needs_progress:
+            self.backend.progress()
+
+    # --- memory ---
+
+    def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
+        self.memory[offset : None if length is None else offset + length] = value
+
+    def pattern(self, seed: int) -> None:
+        """Random bytes all over, the same for the same seed and size."""
+        self.memory[:] = pattern(seed, self.memory.size)
+
+    def checksum(self) -> str:
+        return checksum(self.memory)
+
+    def count(self, value: int) -> int:
+        """How many bytes have this value."""
+        return int(np.count_nonzero(self.memory == value))
+
+    # --- sender ---
+
+    def connect(self, descriptor: str) -> str:
+        peer = self.backend.connect(bytes.fromhex(descriptor))
+        self._peers[peer.identity] = peer
+        return peer.identity
+
+    def post(self, peer: str, rows: Rows, tag: int) -> int:
+        """The number of a ticket."""
+        spans = np.array(rows, dtype=np.uint64).reshape(-1, 5)
+        self._tickets.append(self.backend.post(self._peers[peer], spans, tag))
+        return len(self._tickets) - 1
+
+    def poll(self, ticket: int) -> bool:
+        self.progress()
+        return self.backend.poll(self._tickets[ticket])
+
+    def reset_peer(self, peer: str) -> None:
+        self.backend.reset_peer(self._peers.pop(peer))
+
+    # --- receiver ---
+
+    def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str) -> None:
+        """`ranges` [offset, length]; nothing to do for a backend that does not revoke single hand-offs."""
+        if self.capabilities.revocable:
+            spans = np.zeros((len(ranges), 5), dtype=np.uint64)
+            spans[:, 1] = spans[:, 3] = [offset for offset, _ in ranges]
+            spans[:, 4] = [length for _, length in ranges]
+            self.backend.grant(tag, spans, sender)
+
+    def revoke(self, tag: int, sender: str) -> bool:
+        return self.backend.revoke(tag, sender)
+
+    def expel(self, sender: str) -> bool:
+        return self.backend.expel(sender)
+
+    def fence(self, sender: str) -> None:
+        self.backend.fence(sender)
+
+    def take_digests(self, tag: int, sender: str) -> list[list[int]]:
+        """[region, offset, length, digest], sorted."""
+        taken = self.backend.take_digests(tag, sender)
+        return sorted([region, offset, *value] for (region, offset), value in taken.items())
+
+    # --- the process ---
+
+    def cpu_seconds(self) -> float:
+        return time.process_time()
+
+    def listeners(self) -> list[str]:
+        """Addresses on which this process listens for TCP."""
+        connections = psutil.Process().net_connections(kind="tcp")
+        return sorted({one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN})
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+def pattern(seed: int, nbytes: int) -> np.ndarray:
+    """Random uint8[nbytes] without the values 0 and 255, which tests use as marks."""
+    return np.random.default_rng(seed).integers(1, 255, nbytes, dtype=np.uint8)
+
+
+def checksum(data: np.ndarray) -> str:
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+
+
+class RemoteSide:
+    """A `Side` in a process of its own: `call` a method of it by name."""
+
+    def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str], prefix: Sequence[str] = ()):
+        """`prefix` goes before the command line (`ip netns exec …`)."""
+        self.identity = ""
+        setup = json.dumps([factory, host, secret, dict(options)])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "pd.testing.transfer_peer", setup],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        self._buffer = b""
+
+    def call(self, method: str, *args: Any, timeout: float = CALL_TIMEOUT) -> Any:
+        """Raises what the method raised: PeerLost, TransferError; RuntimeError for anything else, or no answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([method, args]).encode() + b"\n")
+        self.process.stdin.flush()
+        kind, value = json.loads(self._line(time.monotonic() + timeout))
+        if kind == "ok":
+            return value
+        if kind == "PeerLost":
+            raise PeerLost(*value)
+        if kind == "TransferError":
+            raise TransferError(*value)
+        raise RuntimeError(f"{method} in the peer process: {kind}: {value}")
+
+    def _line(self, deadline: float) -> bytes:
+        stdout = self.process.stdout
+        assert stdout is not None
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
+            data = os.read(stdout.fileno(), 1 << 16) if ready else b""
+            if not data:
+                raise RuntimeError("the peer process died" if ready else "the peer process does not answer")
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            if time.monotonic() > deadline:
+                raise RuntimeError("the peer process does not stop")
+            time.sleep(0.001)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(CALL_TIMEOUT)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def serve(side: Side) -> None:
+    """Answer calls until stdin ends."""
+    pending = b""
+    timeout = 0.001 if side.capabilities.needs_progress else None
+    while True:
+        ready, _, _ = select.select([sys.stdin], [], [], timeout)
+        if not ready:
+            side.progress()
+            continue
+        data = os.read(sys.stdin.fileno(), 1 << 20)
+        if not data:
+            return
+        pending += data
+        while b"\n" in pending:
+            line, _, pending = pending.partition(b"\n")
+            method, args = json.loads(line)
+            try:
+                answer = ["ok", getattr(side, method)(*args)]
+            except PeerLost as error:
+                answer = ["PeerLost", [error.identity, error.reason]]
+            except TransferError as error:
+                answer = ["TransferError", [error.reason]]
+            except Exception as error:  # reported to the caller, which raises it
+                answer = [type(error).__name__, [str(error)]]
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    factory, host, secret, options = json.loads(sys.argv[1])
+    side = Side(factory, host, secret, options)
+    serve(side)
+    side.close()
+
+
+if __name__ == "__main__":
+    main()
