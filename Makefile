@@ -1,0 +1,58 @@
+# make up      a local cluster with the built-in model, from nothing but Python 3.11 or later
+# make test    what continuous integration runs
+# make help    the rest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PLUGINS := -e plugins/policies
+REQUIREMENTS := pyproject.toml constraints.txt plugins/policies/pyproject.toml
+
+# Tests run on small machines, several processes at a time.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev up test test-all lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+venv: $(VENV)/.installed ## .venv with pd, its engine and the policies
+
+dev: $(VENV)/.installed-dev ## .venv with what the tests need besides
+
+up: venv ## a router, a prefill and a decode instance on this machine; ARGS="…" goes to pd up
+	$(BIN)/pd up $(ARGS)
+
+test: lint ## lint, then every test that needs neither a GPU nor patience
+	$(BIN)/pytest -m "not gpu and not slow"
+
+test-all: lint ## every test that this machine can run
+	$(BIN)/pytest
+
+lint: dev ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: dev ## rewrite what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build
+
+# Stamps: a second call costs nothing until a list of requirements changes.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pd needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP) -e '.[engine]' $(PLUGINS)
+	@touch $@
+
+$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP) -e '.[dev]' $(PLUGINS)
+	@touch $(VENV)/.installed $@
