@@ -53,7 +53,8 @@ class Child:
     """A running child process. Belongs to the event loop on which it was started.
 
     `exited` resolves to its exit code (negative: the number of the signal that killed it); it never fails. Whoever
-    starts a child ends it: `await child.terminate(bound)`.
+    starts a child ends it: `await child.terminate(bound)`. The kernel's parent-death signal follows the thread that
+    started the child, so start children from a thread that lives as long as the process.
     """
 
     def __init__(self, spec: ChildSpec, process: subprocess.Popen[bytes], channel: socket.socket, output: int) -> None:
@@ -274,6 +275,7 @@ def _boot_frame(spec: ChildSpec) -> bytes:
         config=msgspec.msgpack.encode(spec.config),
         log=spec.log,
         parent=os.getpid(),
-        path=[os.path.abspath(entry) for entry in sys.path],
+        # Some entries are names of import hooks rather than paths.
+        path=[os.path.abspath(entry) if os.path.exists(entry or ".") else entry for entry in sys.path],
     )
     return pack_frame(msgspec.msgpack.encode(boot))
