@@ -1,0 +1,107 @@
+"""`direct` between two network namespaces: no shared abstract sockets, another address, the default `auto`."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from pd.testing.transfer_harness import BLOCK, MIB
+from pd.testing.transfer_peer import RemoteSide, checksum, pattern
+
+FACTORY = "pd.transfer.plugin:make_direct"
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def two_hosts():
+    """Names and addresses of two namespaces that a veth pair joins."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("needs root and iproute2")
+    names = [f"pdtest{os.getpid()}{side}" for side in "ab"]
+    addresses = ["10.231.7.1", "10.231.7.2"]
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                stack.callback(ip, "netns", "del", name)
+            ip("link", "add", "pd0", "netns", names[0], "type", "veth", "peer", "name", "pd0", "netns", names[1])
+            for name, address in zip(names, addresses, strict=True):
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", "pd0")
+                ip("-n", name, "link", "set", "pd0", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces do not work here: {error.stderr.decode().strip()}")
+        yield list(zip(names, addresses, strict=True))
+
+
+def wait_applied(sender, ticket, timeout=20):
+    deadline = time.monotonic() + timeout
+    while not sender.call("poll", ticket):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_blocks_cross_hosts_with_a_secret_and_only_with_it(two_hosts):
+    nbytes = 8 * MIB
+    ends = []
+    try:
+        for (namespace, address), identity in zip(two_hosts, ("P", "D"), strict=True):
+            # The wildcard: the descriptor must carry an address that the other side can dial.
+            host = address if identity == "P" else "0.0.0.0"
+            end = RemoteSide(FACTORY, host, "secret", {}, ["ip", "netns", "exec", namespace])
+            ends.append(end)
+            end.call("open", identity, nbytes, BLOCK)
+        stranger = RemoteSide(FACTORY, two_hosts[0][1], "", {}, ["ip", "netns", "exec", two_hosts[0][0]])
+        ends.append(stranger)
+        stranger.call("open", "S", nbytes, BLOCK)
+        sender, receiver = ends[:2]
+        # Without a route the wildcard is not known to be reachable; the kernel then offers loopback.
+        ip("-n", two_hosts[1][0], "route", "add", "default", "via", two_hosts[0][1])
+        descriptor = receiver.call("descriptor")
+        assert sender.call("connect", descriptor) == "D"
+        sender.call("pattern", 4)
+        receiver.call("grant", 1, [[0, nbytes]], "P")
+        count = nbytes // BLOCK
+        rows = [[0, (i * 5 % count) * BLOCK, 0, i * BLOCK, BLOCK] for i in range(count)]
+        wait_applied(sender, sender.call("post", "D", rows, 1))
+        source = pattern(4, nbytes).reshape(count, BLOCK)
+        assert receiver.call("checksum") == checksum(source[[i * 5 % count for i in range(count)]].reshape(-1))
+        with pytest.raises(Exception, match="token"):
+            stranger.call("connect", descriptor)
+        assert set(stranger.call("listeners")) == {"127.0.0.1"}
+    finally:
+        for end in ends:
+            end.kill()
+
+
+def test_a_link_that_goes_down_does_not_hold_up_revoke_expel_or_reset(two_hosts):
+    nbytes = 8 * MIB
+    ends = []
+    try:
+        for (namespace, address), identity in zip(two_hosts, ("P", "D"), strict=True):
+            end = RemoteSide(FACTORY, address, "secret", {}, ["ip", "netns", "exec", namespace])
+            ends.append(end)
+            end.call("open", identity, nbytes, BLOCK)
+        sender, receiver = ends
+        assert sender.call("connect", receiver.call("descriptor")) == "D"
+        sender.call("fill", 255)
+        receiver.call("grant", 1, [[0, nbytes]], "P")
+        ip("-n", two_hosts[0][0], "link", "set", "pd0", "down")
+        ticket = sender.call("post", "D", [[0, 0, 0, 0, nbytes]], 1)
+        start = time.monotonic()
+        assert receiver.call("revoke", 1, "P") and receiver.call("expel", "P")
+        assert sender.call("poll", ticket) is False
+        sender.call("reset_peer", "D")
+        assert time.monotonic() - start < 5
+        ip("-n", two_hosts[0][0], "link", "set", "pd0", "up")
+        time.sleep(0.5)
+        assert receiver.call("count", 255) == 0
+    finally:
+        for end in ends:
+            end.kill()
