@@ -36,7 +36,7 @@ class PrefixCache:
         return len(self._nodes)
 
     def match(self, tokens: bytes | bytearray | memoryview, limit: int, salt: str = "") -> list[int]:
-        """Blocks of the longest cached prefix of at most `limit` tokens. `tokens` is int32 bytes. Takes no reference."""
+        """Blocks of the longest cached prefix of at most `limit` tokens (int32 bytes). Takes no reference."""
         node = self._roots.get(salt)
         if node is None or not self.enabled:
             return []
@@ -51,18 +51,19 @@ class PrefixCache:
 
     def insert(
         self, tokens: bytes | bytearray | memoryview, blocks: Sequence[int], start: int, salt: str = ""
-    ) -> list[int]:
+    ) -> dict[int, int]:
         """Enter the full blocks `start`.. of a path that its caller holds; `blocks[i]` holds tokens of page i.
 
         Where an equal block is in the tree already the first insertion wins: the caller keeps its own block, and a
         reference on the tree's is taken on its behalf (so that the path above its later blocks stays referenced).
-        Returns those blocks; the caller releases them together with its own.
+        Returns those blocks by page; the caller releases each together with its own block of that page, deepest page
+        first, so that a parent never becomes evictable before its child.
         """
         if not self.enabled:
-            return []
+            return {}
         node = self._roots.setdefault(salt, _Node(None, b"", 0))
         width = 4 * self.page_size
-        view, extra = memoryview(tokens), []
+        view, extra = memoryview(tokens), {}
         full = min(len(blocks), len(view) // width)
         for index in range(full):
             key = bytes(view[index * width : (index + 1) * width])
@@ -73,7 +74,7 @@ class PrefixCache:
                 self.pool.enter_tree(blocks[index])
             elif child.block != blocks[index] and index >= start:
                 self.pool.retain((child.block,))
-                extra.append(child.block)
+                extra[index] = child.block
             node = child
         return extra
 

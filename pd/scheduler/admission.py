@@ -1,0 +1,155 @@
+"""From the queue into the runner or to a prefill instance: when, and where."""
+
+from __future__ import annotations
+
+import enum
+
+from pd.scheduler.core import Core
+from pd.scheduler.decode_side import DecodeSide
+from pd.scheduler.prefill_side import PrefillSide
+from pd.scheduler.request import Request, State
+from pd.types import Role
+
+#: How many requests that wait for a peer may be passed by younger ones in one go.
+LOOK_PAST = 16
+
+
+class Verdict(enum.Enum):
+    STARTED = enum.auto()
+    NO_MEMORY = enum.auto()
+    NO_PEER = enum.auto()
+    GONE = enum.auto()
+
+
+class Admission:
+    """Takes requests from the queue, in its order, while blocks, running slots and peers allow.
+
+    A request that lacks memory blocks those behind it (or it would starve); one that waits for a peer does not.
+    """
+
+    def __init__(self, core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) -> None:
+        self.core, self.decode, self.prefill = core, decode, prefill
+        self._need = 0  # blocks that the head of the queue lacked when it was last looked at
+        self._peers_changed = True
+        self._all_wait_for_peers = False
+
+    def peers_changed(self) -> None:
+        self._peers_changed = True
+
+    def run(self, now: float) -> None:
+        core = self.core
+        asked = self.decode.asked if self.decode is not None else 0
+        if not len(core.waiting) or core.pool.available < self._need:
+            return
+        if not self._peers_changed and self._all_wait_for_peers:
+            return
+        passed: list[Request] = []
+        self._peers_changed, self._need = False, 0
+        while len(passed) < LOOK_PAST and core.batcher.count + asked < core.settings.scheduler.max_running_requests:
+            request = core.waiting.pop()
+            if request is None:
+                break
+            verdict = self._start(request, now, asked)
+            if verdict is Verdict.NO_MEMORY:
+                passed.append(request)
+                break
+            if verdict is Verdict.NO_PEER:
+                passed.append(request)
+            asked = self.decode.asked if self.decode is not None else 0
+        for request in passed:
+            core.waiting.push(request)
+        self._all_wait_for_peers = bool(passed) and self._need == 0
+        if self._need and not core.batcher.count and not asked:
+            self._unpin_waiting()
+
+    def _unpin_waiting(self) -> None:
+        """Nothing runs, and yet the head lacks memory: what retries keep pinned behind it would never come back."""
+        for request in list(self.core.waiting):
+            if request.blocks:
+                self.core.batcher.give_blocks(request)
+                self._need = 0
+
+    def _start(self, request: Request, now: float, asked: int) -> Verdict:
+        core = self.core
+        if request.remote is not None:
+            return self._start_remote(request)
+        fresh = not request.blocks  # a retry still holds the pin on its prefix
+        if fresh:
+            matched = core.prefix.match(request.tokens, request.match_limit(), request.salt)
+            core.pool.retain(matched)
+            request.blocks = matched
+            request.inserted = len(matched)
+        cached = len(request.blocks) * core.page_size
+        lacks = core.batcher.pages(request.known) - len(request.blocks)
+        endpoint = self._where(request, request.known - cached, now)
+        if endpoint is None or request.state is State.GONE:
+            verdict = Verdict.GONE if request.state is State.GONE else Verdict.NO_PEER
+        elif not core.batcher.room_for(lacks, asked):
+            reserve = core.settings.scheduler.reserve_blocks * (core.batcher.count + asked + 1)
+            self._need = min(lacks + reserve, core.pool.total)
+            verdict = Verdict.NO_MEMORY
+        elif endpoint == "":
+            verdict = self._start_local(request, lacks, cached)
+        else:
+            assert self.decode is not None
+            verdict = Verdict.STARTED if self.decode.ask(now, request, endpoint, lacks, cached) else Verdict.NO_MEMORY
+        if verdict in (Verdict.NO_MEMORY, Verdict.NO_PEER) and fresh:
+            core.pool.release(request.blocks)
+            request.blocks, request.inserted = [], 0
+        return verdict
+
+    def _where(self, request: Request, lacks: int, now: float) -> str | None:
+        """ "" for here, a prefill's endpoint, or None to wait. Ends the request when nobody may compute it."""
+        settings = self.core.settings
+        if self.decode is None or settings.role is Role.UNIFIED:
+            return ""
+        if request.room < 0 and lacks <= settings.short_prefill:
+            return ""
+        candidates = [p for p in request.prefills if p not in request.tried]
+        endpoint, reason = self.decode.choose(now, candidates, request.known)
+        if endpoint is None and reason:
+            if settings.fallback:
+                if candidates:
+                    self.core.log("local_prefill", rid=request.rid, reason=reason)
+                return ""
+            if not request.prefills:
+                reason = "the request names none, and local prefill is off"
+            elif not candidates:
+                reason = "; ".join(f"{endpoint}: {why}" for endpoint, why in request.tried.items())
+            self.core.fail(request, f"no prefill instance can take the request: {reason}", 503)
+        return endpoint
+
+    def _start_local(self, request: Request, lacks: int, cached: int) -> Verdict:
+        core = self.core
+        blocks = core.pool.allocate(lacks)
+        if blocks is None:
+            return Verdict.NO_MEMORY
+        if not request.started:
+            request.cached = cached
+        core.stats.cached += cached
+        core.stats.computed += request.known - cached
+        request.blocks += blocks
+        core.batcher.enter(request, cached)
+        return Verdict.STARTED
+
+    def _start_remote(self, request: Request) -> Verdict:
+        """A prompt that a decode instance asked for: no growth, no reserve."""
+        core = self.core
+        assert self.prefill is not None and request.remote is not None
+        matched = core.prefix.match(request.tokens, request.match_limit(), request.salt)
+        matched = self.prefill.digested(matched)
+        core.pool.retain(matched)
+        lacks = core.batcher.pages(request.known) - len(matched)
+        blocks = core.pool.allocate(lacks)
+        if blocks is None:
+            core.pool.release(matched)
+            self._need = lacks
+            return Verdict.NO_MEMORY
+        request.blocks = matched + blocks
+        request.inserted = len(matched)
+        request.cached = len(matched) * core.page_size
+        core.stats.cached += request.cached
+        core.stats.computed += request.known - request.cached
+        core.batcher.enter(request, request.cached)
+        self.prefill.started(request, len(matched))
+        return Verdict.STARTED

@@ -1,0 +1,186 @@
+"""What the parts of the scheduler share: settings, memory, the batch, the requests, and how a request ends."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pd.config import CacheConfig, ControlConfig, SchedulerConfig
+from pd.messages import Finish, Push, Rejected, RunnerReady
+from pd.scheduler.actions import Action, Log, Reply
+from pd.scheduler.batch import Batcher, BatchLimits
+from pd.scheduler.blocks import BlockPool
+from pd.scheduler.outputs import Outputs
+from pd.scheduler.prefix import PrefixCache
+from pd.scheduler.request import Request, State, WaitingQueue
+from pd.types import FinishReason, Role
+
+#: Keys of requests that a prefill instance computes for others lie above every api worker's.
+REMOTE_KEYS = 1 << 62
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """The scheduler's slice of the configuration. `incarnation` is unique among this instance's lives."""
+
+    role: Role
+    instance: str
+    incarnation: int
+    transfer: str
+    context_length: int = 1 << 30
+    http: str = ""
+    control_endpoint: str = ""  # where this instance answers Hello; prefill only
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+
+    @property
+    def short_prefill(self) -> int:
+        """N of `short:N`, or -1."""
+        kind, _, number = self.scheduler.local_prefill.partition(":")
+        return int(number) if kind == "short" else -1
+
+    @property
+    def fallback(self) -> bool:
+        return self.scheduler.local_prefill != "never"
+
+    @property
+    def step_prefill_tokens(self) -> int:
+        """Prompt tokens per step: a decode instance protects its running decodes."""
+        limits = self.scheduler
+        if self.role is Role.DECODE:
+            return min(limits.local_prefill_tokens, limits.max_prefill_tokens)
+        return limits.max_prefill_tokens
+
+
+@dataclass
+class Stats:
+    """Counts since start, for /metrics."""
+
+    computed: int = 0
+    cached: int = 0
+    landed: int = 0
+    pushed_bytes: int = 0
+    steps: int = 0
+    compute_us: int = 0
+    late_tokens: int = 0  # dropped: of finished, cancelled or retracted requests
+
+
+class Core:
+    """One lane's requests and memory. Built when the runner is up and its pool is known."""
+
+    def __init__(self, settings: SchedulerSettings, ready: RunnerReady, out: list[Action]) -> None:
+        limits, page = settings.scheduler, settings.cache.page_size
+        self.settings, self.out, self.vocab_size = settings, out, ready.model.vocab_size
+        self.pool = BlockPool(ready.num_blocks)
+        self.prefix = PrefixCache(self.pool, page, enabled=not settings.cache.disable_prefix_cache)
+        self.batcher = Batcher(
+            BatchLimits(
+                page_size=page,
+                max_running=limits.max_running_requests,
+                chunk=min(limits.chunked_prefill_size, settings.step_prefill_tokens),
+                prefill_tokens=settings.step_prefill_tokens,
+                reserve_blocks=limits.reserve_blocks,
+                digests=settings.role is Role.PREFILL,
+            ),
+            self.pool,
+            self.prefix,
+            self._no_push,
+            self.requeue,
+        )
+        self.waiting = WaitingQueue()
+        self.requests: dict[int, Request] = {}
+        self.workers: dict[int, int] = {}  # api worker -> its requests
+        self.outputs = Outputs()
+        self.stats = Stats()
+        self._expiry: list[tuple[float, int, Request]] = []
+        self._age = 0
+
+    @staticmethod
+    def _no_push(request: Request, page: int, blocks: list[int]) -> Push | None:
+        return None
+
+    @property
+    def page_size(self) -> int:
+        return self.settings.cache.page_size
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.pool.total * self.page_size
+
+    # --- requests ---
+
+    def strange_token(self, tokens_i32: bytes) -> int | None:
+        """A token id that the model does not have: it would end the runner. None when all are fine."""
+        tokens = np.frombuffer(tokens_i32, "<i4")
+        if len(tokens):
+            for token in (int(tokens.min()), int(tokens.max())):
+                if not 0 <= token < self.vocab_size:
+                    return token
+        return None
+
+    def add(self, request: Request, now: float) -> None:
+        self._age += 1
+        request.age = self._age
+        request.heard_at = now
+        self.requests[request.key] = request
+        if request.remote is None:
+            self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
+        self.watch(request)
+        self.waiting.push(request)
+
+    def requeue(self, request: Request) -> None:
+        """Back to the queue, at its age's place among the replays."""
+        request.replay = True
+        request.state = State.WAITING
+        request.tried.clear()
+        self.waiting.push(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget the request; its blocks must have an owner that ends (`batcher.leave` or a hand-off)."""
+        self.waiting.discard(request)
+        request.state = State.GONE
+        if self.requests.pop(request.key, None) is not None and request.remote is None:
+            self.workers[request.worker] -= 1
+            if not self.workers[request.worker]:
+                del self.workers[request.worker]
+
+    def watch(self, request: Request) -> None:
+        if request.expires < float("inf"):
+            heapq.heappush(self._expiry, (request.expires, request.key, request))
+
+    def expired(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed. A deadline that moved meanwhile is watched anew."""
+        late: list[Request] = []
+        while self._expiry and self._expiry[0][0] <= now:
+            request = heapq.heappop(self._expiry)[2]
+            if request.state is State.GONE:
+                continue
+            if request.expires <= now:
+                late.append(request)
+            else:
+                self.watch(request)
+        return late
+
+    # --- ends ---
+
+    def finish(self, request: Request, finish: Finish) -> None:
+        """A client's request ends here, whatever it was doing; what it holds in a hand-off the caller ends."""
+        if not request.started and finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.outputs.started(request)
+        self.outputs.finished(request, finish)
+        self.batcher.leave(request)
+        self.remove(request)
+        if finish.reason is FinishReason.ERROR:
+            self.log("request_failed", rid=request.rid, status=finish.status, reason=finish.message)
+
+    def fail(self, request: Request, message: str, status: int = 503) -> None:
+        self.finish(request, Finish(FinishReason.ERROR, message=message, status=status))
+
+    def reject(self, key: int, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        self.out.append(Reply(key >> 40, Rejected(key, status, message, param, code)))
+
+    def log(self, event: str, **fields: object) -> None:
+        self.out.append(Log(event, tuple(fields.items())))

@@ -1,0 +1,142 @@
+"""A runner without a model: answers one step late, like a GPU, and notices damaged memory.
+
+Its KV memory holds, for each token slot, the token and its position. Before a token is "sampled" the whole context is
+read back through the block table and compared with the request's tokens: a block that was reused too early, landed
+late or was never written raises `Corruption` instead of giving a plausible answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pd.errors import PdError
+from pd.messages import Admit, StepDone, StepOrder
+from pd.types import SamplingParams
+
+
+class Corruption(PdError):
+    """The KV of a position is not what the request's own tokens would have written."""
+
+
+def default_next_token(tokens: npt.NDArray[np.int32], sampling: SamplingParams) -> int:
+    """A deterministic stand-in for a model: depends on every token before, and on the seed."""
+    weights = np.arange(1, len(tokens) + 1, dtype=np.int64)
+    return int((int((tokens * weights).sum()) * 2654435761 + sampling.seed * 40503) % 50_000) + 100
+
+
+@dataclass
+class _Row:
+    tokens: list[int]
+    computed: int
+    blocks: list[int]
+    sampling: SamplingParams
+    epoch: int
+
+
+@dataclass
+class FakeRunner:
+    """Pure: `step(order)` queues an order; `finish()` completes the oldest one and returns its result."""
+
+    num_blocks: int
+    page_size: int
+    next_token: Callable[[npt.NDArray[np.int32], SamplingParams], int] = default_next_token
+    requests: dict[int, _Row] = field(default_factory=dict)
+    pending: list[StepOrder] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        #: token | position << 32 of every slot; -1: never written.
+        self.memory = np.full((self.num_blocks, self.page_size), -1, dtype=np.int64)
+
+    def step(self, order: StepOrder) -> None:
+        self.pending.append(order)
+
+    def finish(self) -> StepDone:
+        """Compute the oldest order."""
+        order = self.pending.pop(0)
+        for key in order.release:
+            self.requests.pop(key, None)
+        for admit in order.admit:
+            self._admit(admit)
+        grow_keys = np.frombuffer(order.grow_keys_i64, "<i8").tolist()
+        for key, block in zip(grow_keys, np.frombuffer(order.grow_blocks_i32, "<i4").tolist(), strict=True):
+            self.requests[key].blocks.append(block)
+        keys = np.frombuffer(order.rows_i64, "<i8").tolist()
+        counts = np.frombuffer(order.counts_i32, "<i4").tolist()
+        epochs, produced, tokens = [], bytearray(), []
+        for key, count, sample in zip(keys, counts, order.sample_u8, strict=True):
+            row = self.requests[key]
+            epochs.append(row.epoch)
+            self._compute(key, row, count)
+            if sample:
+                token = self._sample(key, row)
+                tokens.append(token)
+                produced.append(1)
+            else:
+                produced.append(0)
+        return StepDone(
+            order.step,
+            0,
+            order.rows_i64,
+            np.array(epochs, "<i4").tobytes(),
+            bytes(produced),
+            np.array(tokens, "<i4").tobytes(),
+            digests_u64=self._digests(order),
+        )
+
+    def _admit(self, admit: Admit) -> None:
+        tokens = np.frombuffer(admit.tokens_i32, "<i4").tolist()
+        blocks = np.frombuffer(admit.blocks_i32, "<i4").tolist()
+        self.requests[admit.key] = _Row(tokens, admit.computed, blocks, admit.sampling, admit.epoch)
+
+    def _compute(self, key: int, row: _Row, count: int) -> None:
+        if row.computed + count > len(row.tokens):
+            raise Corruption(f"request {key}: {row.computed} + {count} positions, {len(row.tokens)} tokens known")
+        for position in range(row.computed, row.computed + count):
+            page = position // self.page_size
+            block = row.blocks[page] if page < len(row.blocks) else 0
+            self.memory[block, position % self.page_size] = row.tokens[position] | position << 32
+        row.computed += count
+
+    def _sample(self, key: int, row: _Row) -> int:
+        if row.computed != len(row.tokens):
+            raise Corruption(f"request {key}: sampled at {row.computed} of {len(row.tokens)} tokens")
+        tokens = np.array(row.tokens, dtype=np.int64)
+        expected = tokens | np.arange(len(tokens), dtype=np.int64) << 32
+        held = self.memory[row.blocks].reshape(-1)[: row.computed]
+        if not np.array_equal(held, expected[: len(held)]) or len(held) < row.computed:
+            wrong = int(np.argmax(held != expected[: len(held)])) if len(held) else 0
+            raise Corruption(f"request {key}: position {wrong} of {row.computed} is damaged (blocks {row.blocks})")
+        token = self.next_token(tokens.astype(np.int32), row.sampling)
+        row.tokens.append(token)
+        return token
+
+    def _digests(self, order: StepOrder) -> bytes:
+        blocks = np.frombuffer(order.complete_i32, "<i4").tolist()
+        valid = np.frombuffer(order.complete_tokens_i32, "<i4").tolist()
+        return np.array([self.digest(b, n) for b, n in zip(blocks, valid, strict=True)], dtype="<u8").tobytes()
+
+    def digest(self, block: int, tokens: int) -> int:
+        """Position-keyed sum over the first `tokens` slots of a block."""
+        keys = np.arange(1, tokens + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+        return int((self.memory[block, :tokens].astype(np.uint64) * keys).sum(dtype=np.uint64))
+
+
+def reference_tokens(
+    prompt: list[int],
+    sampling: SamplingParams,
+    count: int,
+    next_token: Callable[[npt.NDArray[np.int32], SamplingParams], int] = default_next_token,
+) -> list[int]:
+    """What any healthy deployment of this stand-in answers, stop tokens applied."""
+    tokens, out = list(prompt), []
+    for _ in range(count):
+        token = next_token(np.array(tokens, dtype=np.int32), sampling)
+        tokens.append(token)
+        out.append(token)
+        if token in sampling.stop_token_ids:
+            break
+    return out
