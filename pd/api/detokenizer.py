@@ -11,6 +11,7 @@ A character that is not complete yet is held back, so U+FFFD appears only where 
 from __future__ import annotations
 
 import codecs
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -52,37 +53,50 @@ def byte_level_bytes(token: str) -> bytes:
         return token.encode()
 
 
-class TokenBytes(dict[int, bytes]):
-    """Token id -> bytes, filled as tokens are first seen. Ids without a token, and `skipped` ones, are empty."""
+class TokenPieces(dict[int, str | bytes]):
+    """Token id -> its text, or its bytes where they are no whole characters. Filled as tokens are first seen.
+
+    Ids without a token, and `skipped` ones, are empty.
+    """
 
     def __init__(self, id_to_token: Callable[[int], str | None], skipped: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self._id_to_token = id_to_token
         self._skipped = skipped
 
-    def __missing__(self, token_id: int) -> bytes:
+    def __missing__(self, token_id: int) -> str | bytes:
         token = None if token_id in self._skipped else self._id_to_token(token_id)
-        self[token_id] = value = b"" if token is None else byte_level_bytes(token)
-        return value
+        raw = b"" if token is None else byte_level_bytes(token)
+        piece: str | bytes = raw
+        with contextlib.suppress(UnicodeDecodeError):
+            piece = raw.decode()
+        self[token_id] = piece
+        return piece
 
 
 class ByteLevelDetokenizer:
-    """For byte-level decoders: a table lookup and an incremental UTF-8 decoder."""
+    """For byte-level decoders: a table lookup, and an incremental UTF-8 decoder where a character is cut."""
 
-    __slots__ = ("_decode", "_table")
+    __slots__ = ("_decoder", "_in_character", "_table")
 
-    def __init__(self, table: TokenBytes) -> None:
+    def __init__(self, table: TokenPieces) -> None:
         self._table = table
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_character = False
 
     def feed(self, ids: Sequence[int]) -> str:
-        table = self._table
-        if len(ids) == 1:
-            return self._decode(table[ids[0]])
-        return self._decode(b"".join([table[token_id] for token_id in ids]))
+        if len(ids) == 1 and not self._in_character:
+            piece = self._table[ids[0]]
+            if type(piece) is str:
+                return piece
+        pieces = [self._table[token_id] for token_id in ids]
+        text = self._decoder.decode(b"".join([p.encode() if isinstance(p, str) else p for p in pieces]))
+        self._in_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        self._in_character = False
+        return self._decoder.decode(b"", True)
 
 
 class WindowDetokenizer:

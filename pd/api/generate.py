@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,31 +42,42 @@ class Writers:
 
     def __init__(self, limit_s: float, clock: Callable[[], float]) -> None:
         self._limit_s, self._clock = limit_s, clock
-        self._since: dict[asyncio.Task[Any], float] = {}
-        self._stalled: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[Http, asyncio.Task[Any]] = {}  # those that stream
+        self._since: dict[Http, float] = {}  # those in a write
+        self._stalled: set[Http] = set()
+
+    @contextlib.contextmanager
+    def streaming(self, http: Http) -> Iterator[None]:
+        """Around all writes of one stream, in the task that makes them."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[http] = task
+        try:
+            yield
+        finally:
+            del self._tasks[http]
+            self._since.pop(http, None)
+            self._stalled.discard(http)
 
     async def write(self, http: Http, data: bytes) -> None:
         """Raises ClientDisconnected when the client left the stream unread for too long."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._since[task] = self._clock()
+        self._since[http] = self._clock()
         try:
             await http.write(data)
         except asyncio.CancelledError:
-            if task not in self._stalled:
+            if http not in self._stalled:
                 raise
-            task.uncancel()
+            self._tasks[http].uncancel()
             raise ClientDisconnected from None
         finally:
-            del self._since[task]
-            self._stalled.discard(task)
+            del self._since[http]
 
     def sweep_once(self) -> None:
         now = self._clock()
-        for task, since in self._since.items():
-            if now - since > self._limit_s and task not in self._stalled:
-                self._stalled.add(task)
-                task.cancel()
+        for http, since in self._since.items():
+            if now - since > self._limit_s and http not in self._stalled:
+                self._stalled.add(http)
+                self._tasks[http].cancel()
 
     async def sweep(self) -> None:
         """Runs for the process's life."""
@@ -130,6 +142,10 @@ class Generator:
         while not exchange.ready:
             await exchange.wait()
             self._raise_failure(exchange)
+        with self.writers.streaming(http):
+            return await self._events(http, exchange, plan)
+
+    async def _events(self, http: Http, exchange: Exchange, plan: Plan) -> int:
         await http.start(200, HEADERS + self._headers(exchange))
         pending = plan.opening(exchange)
         while True:

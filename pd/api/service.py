@@ -27,6 +27,7 @@ from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Monitor, Sockets
 from pd.logs import get_logger
 from pd.messages import ApiToScheduler, SchedulerToApi
+from pd.plugins import load_plugins
 from pd.types import ModelInfo
 
 #: After a lost scheduler or at the end of draining: for clients to be told.
@@ -57,7 +58,7 @@ Finished = Callable[[dict[str, Any]], None]
 
 async def main(config: ApiConfig, context: ChildContext) -> None:
     """Serve until the parent asks to stop or the scheduler is lost. Raises ConfigError for a port that is taken."""
-    log = get_logger()
+    log, plugins = get_logger(), load_plugins()
     sockets = Sockets()
     try:
         link = sockets.dial(
@@ -70,10 +71,17 @@ async def main(config: ApiConfig, context: ChildContext) -> None:
         receive: Codec[SchedulerToApi] = Codec(SchedulerToApi)
         channel: Channel[ApiToScheduler, SchedulerToApi] = Channel(link, send, receive, "scheduler")
         assert link.monitor is not None
-        service = Service(config, channel, lambda summary: log.debug("request_finished", **summary))
+
+        def finished(summary: dict[str, Any]) -> None:
+            log.debug("request_finished", **summary)
+            plugins.request_finished(summary)
+
+        service = Service(config, channel, finished)
+        plugins.process_started("api", config)
         try:
             await service.run(context.stopping, context.report_ready, link.monitor)
         finally:
+            plugins.process_stopping("api")
             channel.close()
     finally:
         sockets.close()

@@ -19,7 +19,7 @@ from pd.api.detokenizer import (
     CONTEXT_TOKENS,
     ByteLevelDetokenizer,
     Detokenizer,
-    TokenBytes,
+    TokenPieces,
     WindowDetokenizer,
 )
 from pd.errors import ModelError
@@ -68,8 +68,8 @@ class Tokenizer:
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._byte_level = _is_byte_level(described.decoder)
-        self._bytes = TokenBytes(self._tokenizer.id_to_token)
-        self._bytes_skipping = TokenBytes(self._tokenizer.id_to_token, self._special)
+        self._pieces = TokenPieces(self._tokenizer.id_to_token)
+        self._pieces_skipping = TokenPieces(self._tokenizer.id_to_token, self._special)
         self._texts: dict[int, str] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pd-tokenize")
         config = _read_json(directory / "tokenizer_config.json", str(path))
@@ -95,7 +95,7 @@ class Tokenizer:
     def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """For one output that follows `prompt`."""
         if self._byte_level:
-            return ByteLevelDetokenizer(self._bytes_skipping if skip_special_tokens else self._bytes)
+            return ByteLevelDetokenizer(self._pieces_skipping if skip_special_tokens else self._pieces)
 
         def decode(ids: list[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -110,7 +110,8 @@ class Tokenizer:
         text = self._texts.get(token_id)
         if text is None:
             if self._byte_level:
-                text = self._bytes[token_id].decode("utf-8", "replace")
+                piece = self._pieces[token_id]
+                text = piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
             else:
                 before = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
                 text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)[len(before) :]
@@ -120,7 +121,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes of one token; of an incomplete character its own bytes."""
         if self._byte_level:
-            return self._bytes[token_id]
+            piece = self._pieces[token_id]
+            return piece.encode() if isinstance(piece, str) else piece
         token = self._tokenizer.id_to_token(token_id) or ""
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
