@@ -59,11 +59,11 @@ class Writers:
             self._since.pop(http, None)
             self._stalled.discard(http)
 
-    async def write(self, http: Http, data: bytes) -> None:
+    async def write(self, http: Http, data: bytes, *, last: bool = False) -> None:
         """Raises ClientDisconnected when the client left the stream unread for too long."""
         self._since[http] = self._clock()
         try:
-            await http.write(data)
+            await (http.end(data) if last else http.write(data))
         except asyncio.CancelledError:
             if http not in self._stalled:
                 raise
@@ -153,10 +153,10 @@ class Generator:
             if exchange.disconnected:
                 raise ClientDisconnected
             if exchange.failure is not None:
-                await http.end(pending + error_event(exchange.failure))
+                await self.writers.write(http, pending + error_event(exchange.failure), last=True)
                 return exchange.failure.status
             if exchange.open == 0:
-                await http.end(pending + plan.closing(exchange))
+                await self.writers.write(http, pending + plan.closing(exchange), last=True)
                 return 200
             if pending:
                 await self.writers.write(http, pending)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -73,11 +74,14 @@ async def main(config: ApiConfig, context: ChildContext) -> None:
         assert link.monitor is not None
 
         def finished(summary: dict[str, Any]) -> None:
-            log.debug("request_finished", **summary)
+            log.info("request_finished", **summary)
             plugins.request_finished(summary)
 
         service = Service(config, channel, finished)
         plugins.process_started("api", config)
+        # What start-up made lives as long as the process: the collector need not walk it again and again.
+        gc.collect()
+        gc.freeze()
         try:
             await service.run(context.stopping, context.report_ready, link.monitor)
         finally:

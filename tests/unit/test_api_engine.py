@@ -1,0 +1,255 @@
+"""The engine and its exchanges, driven by messages; no loop, no sockets."""
+
+import array
+
+import pytest
+
+from pd.api.engine import GRACE_S, Engine
+from pd.api.exchange import Exchange, Prompt
+from pd.api.metrics import Histogram, Latencies
+from pd.errors import ChannelFull, RequestError
+from pd.messages import Abort, Finish, Finished, InstanceInfo, Rejected, Started, StepOutputs, Submit
+from pd.testing.scripted_scheduler import row, token_logprobs
+from pd.types import FinishReason, InstanceState, Load, SamplingParams
+
+LENGTH = Finish(FinishReason.LENGTH)
+
+
+class Recorder:
+    """A channel that keeps what is sent."""
+
+    def __init__(self):
+        self.sent = []
+        self.room = 1000
+
+    def send_nowait(self, message):
+        if len(self.sent) >= self.room:
+            raise ChannelFull("recorder")
+        self.sent.append(message)
+
+    def of(self, kind):
+        return [message for message in self.sent if isinstance(message, kind)]
+
+
+class Letters:
+    """Token n is the n-th letter."""
+
+    def feed(self, ids):
+        return "".join(chr(96 + token) for token in ids)
+
+    def flush(self):
+        return ""
+
+
+class World:
+    def __init__(self, **options):
+        self.now = 100.0
+        self.channel = Recorder()
+        self.latencies = Latencies()
+        self.engine = Engine(self.channel, lambda prompt: Letters(), self.latencies, clock=lambda: self.now, **options)
+        self.engine.handle(InstanceInfo(InstanceState.READY, Load()))
+
+    def exchange(self, *prompts, stream=True, **options):
+        exchange = Exchange("rid", self.now, stream=stream, **options)
+        self.engine.submit(exchange, prompts or (prompt(),))
+        return exchange
+
+
+def prompt(stop=(), min_tokens=0, include=False, **options):
+    sampling = SamplingParams(max_tokens=50, min_tokens=min_tokens)
+    return Prompt([1, 2, 3], sampling, "rid", tuple(stop), include, **options)
+
+
+def letters(text):
+    return [ord(letter) - 96 for letter in text]
+
+
+def test_keys_carry_the_worker_and_are_never_reused():
+    world = World(worker=5)
+    world.exchange(prompt(), prompt())
+    world.exchange()
+    keys = [submit.key for submit in world.channel.of(Submit)]
+    assert len(set(keys)) == 3 and {key >> 40 for key in keys} == {5}
+
+
+def test_one_message_feeds_every_request_it_concerns():
+    world = World()
+    first, second = world.exchange(), world.exchange()
+    keys = [exchange.generations[0].key for exchange in (first, second)]
+    world.engine.handle(
+        StepOutputs(
+            array.array("q", [keys[1], 999, keys[0]]).tobytes(),
+            bytes([2, 1, 1]),
+            array.array("i", letters("bcza")).tobytes(),
+            started=[Started(keys[0], 7, "http://p")],
+        )
+    )
+    assert first.choices()[0].take_text() == "a" and second.choices()[0].take_text() == "bc"
+    assert first.cached_tokens() == 7 and first.prefills_used() == "http://p"
+
+
+def test_text_and_finish_in_one_message():
+    world = World()
+    exchange = world.exchange()
+    world.engine.handle(row(exchange.generations[0].key, letters("abc"), finish=LENGTH))
+    choice = exchange.choices()[0]
+    assert exchange.over and choice.take_text() == "abc" and choice.finish is LENGTH and choice.count == 3
+    assert world.engine.open_exchanges == 0 and not world.channel.of(Abort)
+
+
+def test_a_stop_tokens_text_stays_out_and_it_counts():
+    world = World()
+    for include, text in ((False, "ab"), (True, "abc")):
+        exchange = world.exchange(prompt(include=include))
+        world.engine.handle(
+            row(exchange.generations[0].key, letters("abc"), finish=Finish(FinishReason.STOP, stop_id=3))
+        )
+        choice = exchange.choices()[0]
+        assert choice.take_text() == text and choice.count == 3 and choice.matched == 3
+
+
+def test_a_stop_string_in_the_middle_of_a_row_cuts_ids_logprobs_and_text():
+    world = World()
+    exchange = world.exchange(prompt(stop=["cd"]))
+    key = exchange.generations[0].key
+    outputs = row(key, letters("abcdef"), logprobs=True, top=2)
+    world.engine.handle(outputs)
+    choice = exchange.choices()[0]
+    assert choice.take_text() == "ab" and choice.matched == "cd" and choice.finish.reason is FinishReason.STOP
+    assert choice.ids == letters("abcd") and choice.count == 4
+    assert len(choice.logprobs.chosen) == len(choice.logprobs.tops) == 4
+    assert [abort.key for abort in world.channel.of(Abort)] == [key]
+    world.engine.handle(row(key, letters("gh"), finish=LENGTH))  # what was in flight
+    assert choice.count == 4 and choice.take_text() == "" and exchange.over
+
+
+def test_a_stop_string_that_completes_with_the_finish_wins_and_nothing_is_aborted_twice():
+    world = World()
+    exchange = world.exchange(prompt(stop=["bc"]))
+    world.engine.handle(row(exchange.generations[0].key, letters("abc"), finish=LENGTH))
+    choice = exchange.choices()[0]
+    assert choice.take_text() == "a" and choice.finish.reason is FinishReason.STOP
+    assert len(world.channel.of(Abort)) <= 1
+
+
+def test_text_held_for_a_stop_string_comes_out_at_the_end():
+    world = World()
+    exchange = world.exchange(prompt(stop=["cdx"]))
+    key = exchange.generations[0].key
+    world.engine.handle(row(key, letters("abcd")))
+    assert exchange.choices()[0].take_text() == "ab"
+    world.engine.handle(StepOutputs(b"", b"", b"", finished=[Finished(key, 0, LENGTH)]))
+    assert exchange.choices()[0].take_text() == "cd"
+
+
+def test_stop_strings_count_only_beyond_min_tokens():
+    world = World()
+    exchange = world.exchange(prompt(stop=["b"], min_tokens=3))
+    world.engine.handle(row(exchange.generations[0].key, letters("abcabc")))
+    assert exchange.choices()[0].take_text() == "abca" and exchange.over
+
+
+def test_a_rejected_prompt_ends_its_exchange_and_its_siblings():
+    world = World()
+    exchange = world.exchange(prompt(), prompt(), prompt())
+    keys = [generation.key for generation in exchange.generations]
+    world.engine.handle(Rejected(keys[1], 400, "too long", param="prompt", code="c"))
+    assert exchange.failure.status == 400 and exchange.failure.param == "prompt"
+    assert [abort.key for abort in world.channel.of(Abort)] == [keys[0], keys[2]]
+    world.engine.handle(row(keys[0], letters("a")))
+    assert exchange.choices()[0].count == 0
+
+
+def test_an_error_keeps_its_status_and_an_abort_is_a_finish():
+    world = World()
+    failed, aborted = world.exchange(), world.exchange()
+    for exchange, finish in (
+        (failed, Finish(FinishReason.ERROR, message="died", status=502)),
+        (aborted, Finish(FinishReason.ABORT, message="why")),
+    ):
+        key = exchange.generations[0].key
+        world.engine.handle(StepOutputs(b"", b"", b"", finished=[Finished(key, 0, finish)]))
+    assert failed.failure.status == 502 and failed.failure.kind == "server_error"
+    assert aborted.failure is None and aborted.choices()[0].finish.message == "why"
+    assert not world.channel.of(Abort) and world.engine.open_exchanges == 0
+
+
+def test_nothing_is_taken_before_ready_while_draining_or_after_the_end():
+    world = World()
+    for state in (InstanceState.STARTING, InstanceState.DRAINING):
+        world.engine.handle(InstanceInfo(state, Load()))
+        with pytest.raises(RequestError, match=state.value):
+            world.exchange()
+    world.engine.handle(InstanceInfo(InstanceState.READY, Load()))
+    world.engine.lose("gone")
+    with pytest.raises(RequestError, match="gone"):
+        world.exchange()
+    assert not world.channel.of(Submit)
+
+
+def test_a_full_channel_refuses_the_request_and_leaves_nothing_behind():
+    world = World()
+    world.channel.room = 1
+    with pytest.raises(RequestError) as caught:
+        world.exchange(prompt(), prompt())
+    assert caught.value.status == 503 and caught.value.code == "overloaded"
+    assert world.engine.open_exchanges == 0
+
+
+def test_a_lost_scheduler_ends_every_exchange():
+    world = World()
+    exchanges = [world.exchange(), world.exchange(stream=False)]
+    world.engine.lose("its connection ended")
+    assert all(exchange.failure.status == 503 for exchange in exchanges)
+    assert world.engine.open_exchanges == 0 and world.engine.lost.is_set()
+
+
+def test_silence_beyond_the_schedulers_own_bound_ends_a_request():
+    world = World(idle_timeout_s=10.0)
+    exchange, bounded = world.exchange(), world.exchange(deadline=104.0)
+    assert world.channel.of(Submit)[1].client_timeout_ms == 4000
+    world.now = 104.0 + GRACE_S + 0.1
+    world.engine.handle(row(exchange.generations[0].key, letters("a")))
+    world.engine.sweep_once()
+    assert bounded.failure.status == 504 and exchange.failure is None
+    world.now += 10.0 + GRACE_S + 0.1
+    world.engine.sweep_once()
+    assert exchange.failure.status == 504 and len(world.channel.of(Abort)) == 2
+
+
+def test_a_deadline_that_passed_while_tokenising_is_not_submitted():
+    world = World()
+    with pytest.raises(RequestError) as caught:
+        world.exchange(deadline=99.0)
+    assert caught.value.status == 504 and not world.channel.sent
+
+
+def test_latencies_count_every_token_once():
+    world = World()
+    exchange = world.exchange()
+    key = exchange.generations[0].key
+    for gap, text in ((0.5, "a"), (0.02, "b"), (0.04, "cd")):
+        world.now += gap
+        world.engine.handle(row(key, letters(text)))
+    first, rest = world.latencies.first_token, world.latencies.inter_token
+    assert sum(first.counts) == 1 and first.total == pytest.approx(0.5)
+    assert sum(rest.counts) == 3 and rest.total == pytest.approx(0.06)
+
+
+def test_histogram_buckets_are_cumulative_and_inclusive():
+    histogram = Histogram([1.0, 2.0])
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    assert histogram.cumulative() == [("1.0", 2.0), ("2.0", 3.0), ("+Inf", 4.0)]
+
+
+def test_logprob_rows_unpack_by_position():
+    world = World()
+    exchange = world.exchange()
+    outputs = row(exchange.generations[0].key, [4, 5])
+    outputs.logprobs = row(0, [4, 5], logprobs=True, top=3).logprobs
+    assert outputs.logprobs[0].logprobs == token_logprobs([4, 5], 3)
+    world.engine.handle(outputs)
+    logprobs = exchange.choices()[0].logprobs
+    assert logprobs.chosen == [-0.5, -0.5]
+    assert logprobs.tops == [([4, 5, 6], [-1.0, -2.0, -3.0]), ([5, 6, 7], [-1.0, -2.0, -3.0])]
