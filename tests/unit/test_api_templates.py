@@ -12,7 +12,8 @@ from pd.testing import tiny_tokenizer
 
 TEMPLATES = {
     "llama3": "{{- bos_token }}\n{%- for message in messages %}\n"
-    "    {{- '<|start|>' + message['role'] + '<|end|>\\n\\n' + message['content'] | trim + '<|eot|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n"
+    "    {{- '<|start|>' + message['role'] + '<|end|>\\n\\n' + message['content'] | trim + '<|eot|>' }}\n"
+    "{%- endfor %}\n{%- if add_generation_prompt %}\n"
     "    {{- '<|start|>assistant<|end|>\\n\\n' }}\n{%- endif %}\n",
     "controls": "{% for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
     "{{ message | tojson }}{% endfor %}{% set ns = namespace(x=1) %}{% set ns.x = 2 %}{{ ns.x }}",
