@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 import uvloop
 
+from pd.child import ChildContext
 from pd.config import RouteConfig
 from pd.errors import ConfigError
 from pd.logs import configure, get_logger
-from pd.process import ChildContext
+from pd.plugins import load_plugins
 from pd.router.client import ClientConnection, Handler, Limits
 from pd.router.http import Request, error
 from pd.router.metrics import Stats
@@ -24,6 +25,9 @@ from pd.router.selection import PolicyEntry, Selection
 from pd.router.workers import Fleet
 
 log = get_logger()
+
+#: Is told the router's address: {"url", "host", "port"}.
+Ready = Callable[[dict[str, Any]], None]
 
 #: What goes to a decode instance, by path.
 PROXIED = {
@@ -117,11 +121,11 @@ class Router:
 
 async def serve(
     config: RouteConfig,
-    ready: Callable[[dict[str, Any]], None],
+    ready: Ready,
     stop: asyncio.Event,
     policies: Mapping[str, PolicyEntry],
 ) -> None:
-    """Routes until `stop` is set, then drains. `ready` gets {"url", "host", "port"} once requests are accepted.
+    """Routes until `stop` is set, then drains. `ready` is called once requests are accepted.
 
     Every worker has been checked once by then. Raises ConfigError.
     """
@@ -164,7 +168,21 @@ async def _owned(client: ClientConnection, work: Coroutine[Any, Any, None]) -> N
         client.transport.abort()
 
 
-async def _serve_until_signalled(config: RouteConfig, policies: Mapping[str, PolicyEntry]) -> None:
+async def main(config: RouteConfig, context: ChildContext) -> int:
+    """Process target of `pd up`: reports what `serve` says, and stops when the parent asks."""
+    await _serve_with_plugins(config, context.report_ready, context.stopping)
+    return 0
+
+
+def run(config: RouteConfig) -> int:
+    """The `pd route` command. Returns the exit code; raises ConfigError and PluginError."""
+    configure("router", "", config.log)
+    with _unwrapped(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve_until_signalled(config))
+    return 0
+
+
+async def _serve_until_signalled(config: RouteConfig) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -176,31 +194,23 @@ async def _serve_until_signalled(config: RouteConfig, policies: Mapping[str, Pol
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    await serve(config, lambda _: None, stop, policies)
+    await _serve_with_plugins(config, lambda _: None, stop)
 
 
-async def main(config: RouteConfig, context: ChildContext) -> int:
-    """Process target of `pd up`: reports what `serve` says and stops when the parent asks."""
-    from pd.plugins import load_plugins
-
-    await serve(config, context.report_ready, context.stopping, load_plugins().policies())
-    return 0
-
-
-def run(config: RouteConfig) -> int:
-    """The `pd route` command. Returns the exit code; raises ConfigError."""
-    from pd.plugins import load_plugins
-
-    configure("router", "", config.log)
-    policies = load_plugins().policies()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, _unwrapped():
-        runner.run(_serve_until_signalled(config, policies))
-    return 0
+async def _serve_with_plugins(
+    config: RouteConfig, ready: Callable[[dict[str, Any]], None], stop: asyncio.Event
+) -> None:
+    plugins = load_plugins()
+    plugins.process_started("router", config)
+    try:
+        await serve(config, ready, stop, plugins.policies())
+    finally:
+        plugins.process_stopping("router")
 
 
 @contextlib.contextmanager
-def _unwrapped() -> Any:
-    """A TaskGroup wraps what went wrong; the one error in it is what the user should see."""
+def _unwrapped() -> Iterator[None]:
+    """A TaskGroup wraps what went wrong; an only error is what the user should see."""
     try:
         yield
     except BaseExceptionGroup as group:

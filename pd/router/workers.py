@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,52 +43,25 @@ class Health(enum.Enum):
 
 @dataclass(frozen=True)
 class Address:
-    """A worker as the user wrote it: URL and, for a prefill instance, the port that overrides its control port."""
+    """A worker as the user wrote it. `control_port`, if not 0, stands in for the one that a prefill instance reports."""
 
     url: str
     host: str
     port: int
-    control_port: int | None = None
+    control_port: int = 0
 
 
-def parse_addresses(flag: str, values: Iterable[str]) -> list[Address]:
-    """`URL [PORT|none]`, repeated or as a list, in whatever pieces the shell made of it. Raises ConfigError."""
-    found: list[Address] = []
-    for token in " ".join(values).replace(",", " ").split():
-        if token.isdigit() or token.lower() in ("none", "null"):
-            if not found:
-                raise ConfigError(flag, f"{token!r} comes before any URL")
-            if token.isdigit():
-                last = found.pop()
-                found.append(Address(last.url, last.host, last.port, _port(flag, token)))
-            continue
-        found.append(_address(flag, token))
-    urls = [address.url for address in found]
-    for url in urls:
-        if urls.count(url) > 1:
-            raise ConfigError(flag, f"{url} is given twice")
-    return found
-
-
-def _address(flag: str, text: str) -> Address:
-    parts = urlsplit(text if "://" in text else f"http://{text}")
-    if parts.scheme != "http":
-        raise ConfigError(flag, f"{text!r} is not an http:// URL", "put a TLS proxy in front of the worker")
-    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
-        raise ConfigError(flag, f"{text!r} is not of the form http://HOST:PORT")
+def parse_address(flag: str, url: str, control_port: int = 0) -> Address:
+    """`http://HOST:PORT`. Raises ConfigError."""
     try:
+        parts = urlsplit(url)
         port = 80 if parts.port is None else parts.port
-    except ValueError:
-        raise ConfigError(flag, f"{text!r} has no valid port") from None
+    except ValueError as err:
+        raise ConfigError(flag, f"{url!r}: {err}") from None
+    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise ConfigError(flag, f"{url!r} is not of the form http://HOST:PORT")
     host = parts.hostname
-    return Address(f"http://{f'[{host}]' if ':' in host else host}:{port}", host, port)
-
-
-def _port(flag: str, text: str) -> int:
-    port = int(text)
-    if not 0 < port < 65536:
-        raise ConfigError(flag, f"{text} is not a port")
-    return port
+    return Address(f"http://{f'[{host}]' if ':' in host else host}:{port}", host, port, control_port)
 
 
 class Worker:
@@ -209,8 +181,13 @@ class Fleet:
 
     def __init__(self, config: RouteConfig) -> None:
         self.config = config
-        self.prefill = self._workers("prefill", parse_addresses("--prefill", config.prefill))
-        self.decode = self._workers("decode", parse_addresses("--decode", config.decode))
+        ports = config.prefill_bootstrap_ports or (0,) * len(config.prefill)
+        if len(ports) != len(config.prefill):
+            raise ConfigError("--prefill-bootstrap-ports", f"{len(ports)} ports for {len(config.prefill)} instances")
+        self.prefill = self._workers(
+            "prefill", [parse_address("--prefill", url, port) for url, port in zip(config.prefill, ports, strict=True)]
+        )
+        self.decode = self._workers("decode", [parse_address("--decode", url) for url in config.decode])
         if not self.decode:
             raise ConfigError("--decode", "no decode instance given", "name at least one URL")
 
