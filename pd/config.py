@@ -208,6 +208,7 @@ class ServeConfig:
     control: ControlConfig = field(default_factory=ControlConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    name: str = setting("", "instance name, for logs and peers (default: host and port)")
     fault: str = setting("", "named fault points, for tests", readme=False)
 
 

@@ -1,0 +1,277 @@
+"""`pd serve`: one instance, the parent of an api, a scheduler and a runner process.
+
+Start: the model directory is checked before anything is opened; then the scheduler binds its sockets, and the runner
+and the api attach to it. End: on a signal the scheduler drains, then the api and the runner stop. When any child dies
+the instance ends with exit code 1: a runner's memory or a scheduler's decisions cannot be replaced inside one
+incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from pd.api.service import ApiConfig
+from pd.child import ChildContext
+from pd.config import ServeConfig
+from pd.errors import ConfigError, ProcessError
+from pd.logs import configure
+from pd.models.info import check_model
+from pd.plugins import Plugins, load_plugins
+from pd.process import Child, ChildSpec
+from pd.runner.config import RunnerConfig
+from pd.scheduler.core import SchedulerSettings
+from pd.scheduler.service import SchedulerProcessConfig
+from pd.supervise import run_until_signalled
+from pd.types import ModelInfo, Role
+
+#: Loading weights takes the longest; a process that has not reported by then hangs.
+START_TIMEOUT = 1800.0
+
+#: Seconds for a process to end by itself once its work is over.
+EXIT_TIMEOUT = 5.0
+
+Ready = Callable[[dict[str, Any]], None]
+
+
+def run(config: ServeConfig) -> int:
+    """The `pd serve` command. Returns the exit code; raises ModelError, ConfigError, ProcessError."""
+    configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
+    plugins = load_plugins()
+    model = check(config, plugins)
+    return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
+
+
+async def main(config: ServeConfig, context: ChildContext) -> int:
+    """Process target of `pd up`."""
+    return await serve(config, check(config, load_plugins()), context.stopping, context.report_ready)
+
+
+def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
+    """What the user named is servable. Raises ModelError."""
+    return check_model(
+        config.model.model,
+        dtype=config.model.dtype,
+        name=config.model.served_model_name,
+        context_length=config.model.context_length,
+        supported=plugins.models(),
+    )
+
+
+@dataclass
+class _Children:
+    """The three processes, and which of them has died."""
+
+    scheduler: Child
+    api: Child
+    runner: Child
+
+    def all(self) -> tuple[Child, ...]:
+        return self.scheduler, self.api, self.runner
+
+    async def one_exits(self) -> Child:
+        await asyncio.wait([child.exited for child in self.all()], return_when=asyncio.FIRST_COMPLETED)
+        return next(child for child in self.all() if child.exited.done())
+
+
+async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready) -> int:
+    """Run one instance until `stop` is set (0) or a child dies (1). `ready` gets its addresses when it takes requests."""
+    log = structlog.get_logger()
+    host = control_host(config)
+    name = config.name or f"{socket.gethostname()}:{config.http.port or os.getpid()}"
+    incarnation = time.time_ns() // 1_000_000
+    plan = _Plan(config, model, name, incarnation, host, Path(tempfile.mkdtemp(prefix="pd-")))
+    log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
+    async with AsyncExitStack() as resources:
+        resources.callback(shutil.rmtree, plan.folder, ignore_errors=True)
+        children = await _start(plan, resources, stop)
+        if children is None:
+            return 0
+        addresses = plan.addresses
+        log.info("ready", **addresses)
+        ready(addresses)
+        stopped = asyncio.ensure_future(stop.wait())
+        died = asyncio.ensure_future(children.one_exits())
+        await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if died.done():
+            return await _after_death(children, died.result())
+        died.cancel()
+        log.info("draining", bound=config.http.drain_timeout)
+        # New requests are refused from here on; the api still carries what runs.
+        await children.scheduler.terminate(config.http.drain_timeout + EXIT_TIMEOUT)
+        await asyncio.gather(children.api.terminate(EXIT_TIMEOUT), children.runner.terminate(EXIT_TIMEOUT))
+        log.info("stopped")
+    return 0
+
+
+def control_host(config: ServeConfig) -> str:
+    """Where control and data planes listen. Without a secret they stay on this host."""
+    control = config.control
+    if control.control_host:
+        return control.control_host
+    return config.http.host if control.cluster_secret or control.insecure_control_plane else "127.0.0.1"
+
+
+@dataclass
+class _Plan:
+    """How the children are configured and, once they run, where they listen."""
+
+    config: ServeConfig
+    model: ModelInfo
+    name: str
+    incarnation: int
+    host: str
+    folder: Path
+    control_endpoint: str = ""
+    http: tuple[str, int] = ("", 0)
+
+    def _endpoint(self, name: str) -> str:
+        return f"ipc://{self.folder / name}"
+
+    def _spec(self, name: str, target: str, config: Any, **env: str) -> ChildSpec:
+        return ChildSpec(name, target, config, instance=self.name, log=self.config.log, env=env)
+
+    def scheduler(self) -> ChildSpec:
+        config = self.config
+        settings = SchedulerSettings(
+            Role(config.role),
+            self.name,
+            self.incarnation,
+            config.transfer.transfer,
+            context_length=self.model.context_length,
+            http=f"http://{config.http.host}:{config.http.port}" if config.http.port else self.name,
+            scheduler=config.scheduler,
+            cache=config.cache,
+            control=replace(config.control, cluster_secret=""),
+        )
+        process = SchedulerProcessConfig(
+            settings,
+            self._endpoint("api"),
+            self._endpoint("steps"),
+            self._endpoint("transfer"),
+            control_host=self.host,
+            secret=config.control.cluster_secret,
+            drain_timeout=config.http.drain_timeout,
+            log=config.log,
+        )
+        return self._spec("scheduler", "pd.scheduler.service:main", process)
+
+    def runner(self) -> ChildSpec:
+        config = self.config
+        process = RunnerConfig(
+            role=config.role,
+            identity=f"{self.name}/{self.incarnation}/0",
+            step_endpoint=self._endpoint("steps"),
+            transfer_endpoint=self._endpoint("transfer"),
+            host=self.host,
+            model=config.model,
+            cache=config.cache,
+            transfer=config.transfer,
+            control=config.control,
+            log=config.log,
+        )
+        return self._spec("runner", "pd.runner.service:main", process)
+
+    def api(self) -> ChildSpec:
+        config = self.config
+        port = int(self.control_endpoint.rpartition(":")[2]) if self.control_endpoint else None
+        process = ApiConfig(
+            self.model,
+            self._endpoint("api"),
+            role=config.role,
+            http=config.http,
+            page_size=config.cache.page_size,
+            request_timeout=config.scheduler.request_timeout,
+            log=config.log,
+            info={
+                "name": self.name,
+                "incarnation": self.incarnation,
+                "transfer": config.transfer.transfer,
+                "bootstrap_port": port,
+                "max_running_requests": config.scheduler.max_running_requests,
+            },
+        )
+        return self._spec("api", "pd.api.service:main", process)
+
+    @property
+    def addresses(self) -> dict[str, Any]:
+        host, port = self.http
+        addresses = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "host": host, "port": port}
+        if self.control_endpoint:
+            addresses["control_endpoint"] = self.control_endpoint
+        return addresses
+
+
+async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) -> _Children | None:
+    """Start the children; None when asked to stop meanwhile. What fails to start takes the others with it."""
+
+    async def start(spec: ChildSpec) -> Child:
+        child = await Child.start(spec)
+        resources.push_async_callback(child.terminate, EXIT_TIMEOUT)
+        return child
+
+    scheduler = await start(plan.scheduler())
+    plan.control_endpoint = (await scheduler.ready(START_TIMEOUT))["control_endpoint"]
+    runner, api = await start(plan.runner()), await start(plan.api())
+    children = _Children(scheduler, api, runner)
+    stopped = asyncio.ensure_future(stop.wait())
+    up = asyncio.ensure_future(_all_ready(children))
+    try:
+        await asyncio.wait((stopped, up), return_when=asyncio.FIRST_COMPLETED)
+        if not up.done():
+            return None
+        plan.http = up.result()
+    except ProcessError as error:
+        if error.name == "api" and error.exit_code == 2:
+            raise ConfigError("--port", str(error)) from error
+        raise
+    finally:
+        stopped.cancel()
+        up.cancel()
+    return children
+
+
+async def _all_ready(children: _Children) -> tuple[str, int]:
+    """Until runner and api are up; the death of any child ends the wait."""
+    waits = [asyncio.ensure_future(child.ready(START_TIMEOUT)) for child in (children.runner, children.api)]
+    exits = asyncio.ensure_future(children.one_exits())
+    try:
+        while not all(wait.done() for wait in waits):
+            await asyncio.wait((*waits, exits), return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                if wait.done():
+                    wait.result()
+            if exits.done():
+                child = exits.result()
+                raise ProcessError(child.name, f"died during start-up ({child.describe_exit()})", child.exited.result())
+            if waits and all(wait.done() for wait in waits):
+                break
+    finally:
+        for task in (*waits, exits):
+            task.cancel()
+    api = waits[1].result()
+    return api["host"], api["port"]
+
+
+async def _after_death(children: _Children, dead: Child) -> int:
+    """A child died: the others tell their clients and peers, within a bound, and the instance ends."""
+    log = structlog.get_logger()
+    log.error("process_died", process=dead.name, how=dead.describe_exit())
+    if dead is not children.scheduler:
+        # A dead runner is an event to the scheduler, which fails every request and ends by itself.
+        await asyncio.wait({children.scheduler.exited}, timeout=EXIT_TIMEOUT if dead is children.runner else 0)
+        await children.scheduler.terminate(EXIT_TIMEOUT)
+    await asyncio.gather(children.api.terminate(EXIT_TIMEOUT), children.runner.terminate(EXIT_TIMEOUT))
+    return 1
