@@ -44,6 +44,8 @@ class SchedulerChannel(Protocol):
 
     async def recv(self) -> SchedulerToApi: ...
 
+    def recv_nowait(self) -> SchedulerToApi | None: ...
+
     def send_nowait(self, message: ApiToScheduler) -> None: ...
 
 
@@ -208,6 +210,15 @@ class Engine:
             self.lose(str(error))
         finally:
             self.lose("the api process is ending")
+
+    def disconnected(self) -> None:
+        """The connection ended. What came before still counts: its news overtakes the last messages."""
+        try:
+            while (message := self._channel.recv_nowait()) is not None:
+                self.handle(message)
+        except (ChannelClosed, ProtocolError) as error:
+            self.lose(str(error))
+        self.lose("its connection ended")
 
     def handle(self, message: SchedulerToApi) -> None:
         if isinstance(message, StepOutputs):

@@ -29,7 +29,7 @@ from pd.ipc.zmq import LinkEventKind, LinkOptions, Monitor, Sockets
 from pd.logs import get_logger
 from pd.messages import ApiToScheduler, SchedulerToApi
 from pd.plugins import load_plugins
-from pd.types import ModelInfo
+from pd.types import InstanceState, ModelInfo
 
 #: After a lost scheduler or at the end of draining: for clients to be told.
 FAREWELL_S = 2.0
@@ -119,7 +119,7 @@ class Service:
     ) -> None:
         """Bind, serve, and on `stopping` refuse new requests, finish running ones within the drain bound, end.
 
-        Raises ProcessError when the scheduler is lost: its clients have been told by then.
+        Raises ProcessError when the scheduler is lost before it was drained: its clients have been told by then.
         """
         http = self.config.http
         try:
@@ -146,7 +146,7 @@ class Service:
                 for task in background:
                     task.cancel()
                 self.tokenizer.close()
-        if reason:
+        if reason and self.engine.info.state is not InstanceState.DRAINING:
             raise ProcessError("scheduler", reason)
 
     async def _until_end(self, stopping: asyncio.Event) -> None:
@@ -170,7 +170,7 @@ class Service:
         """A closed or silent connection is known at once; the scheduler never comes back as the same one."""
         async for event in monitor:
             if event.kind is LinkEventKind.DISCONNECTED:
-                self.engine.lose("its connection ended")
+                self.engine.disconnected()
                 return
 
 

@@ -46,6 +46,14 @@ class PairChannel(Generic[SendT, RecvT]):
             raise ChannelClosed("pair", "the other end closed")
         return message
 
+    def recv_nowait(self) -> RecvT | None:
+        if self._inbox.empty():
+            return None
+        message = self._inbox.get_nowait()
+        if message is None:
+            raise ChannelClosed("pair", "the other end closed")
+        return message
+
     def send_nowait(self, message: SendT) -> None:
         if self.closed:
             raise ChannelClosed("pair")

@@ -162,6 +162,35 @@ def test_a_lost_scheduler_ends_the_service_after_its_clients_were_told(run_async
     run_async(main())
 
 
+def test_a_scheduler_that_ends_after_draining_is_no_error_and_its_last_words_count(run_async, model, tmp_path):
+    async def main():
+        sockets = Sockets()
+        link = sockets.listen(zmq.ROUTER, f"ipc://{tmp_path}/api")
+        router = Router(link, Codec(SchedulerToApi), Codec(ApiToScheduler))
+        child = await Child.start(ChildSpec("api", "pd.api.service:main", config(model, link.endpoint)))
+        try:
+            port = (await child.ready(20))["port"]
+            identity, _ = await router.recv()
+            router.send_nowait(identity, InstanceInfo(InstanceState.READY, Load()))
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+                async with asyncio.timeout(5):
+                    while (await client.get("/health")).status_code != 200:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
+                request = asyncio.ensure_future(client.post("/generate", json={"text": "Hello"}))
+                identity, submit = await router.recv()
+                router.send_nowait(identity, InstanceInfo(InstanceState.DRAINING, Load()))
+                router.send_nowait(identity, row(submit.key, [10, 11], finish=Finish(FinishReason.LENGTH)))
+                await asyncio.sleep(0.05)
+                router.close()
+                assert (await request).json()["output_ids"] == [10, 11]
+            assert await asyncio.wait_for(child.wait(), 10) == 0
+        finally:
+            child.kill()
+            sockets.close()
+
+    run_async(main(), 40)
+
+
 def test_a_taken_port_is_an_error_that_names_the_flag(run_async, model):
     async def main():
         async with running(model, lambda s: Reply()) as (client, *_):

@@ -204,6 +204,16 @@ def test_a_lost_scheduler_ends_every_exchange():
     assert world.engine.open_exchanges == 0 and world.engine.lost.is_set()
 
 
+def test_messages_that_came_before_the_connection_ended_still_count():
+    world = World()
+    done, open_ = world.exchange(), world.exchange()
+    last = [row(done.generations[0].key, letters("ab"), finish=LENGTH)]
+    world.channel.recv_nowait = lambda: last.pop() if last else None
+    world.engine.disconnected()
+    assert done.failure is None and done.choices()[0].take_text() == "ab"
+    assert open_.failure.status == 503
+
+
 def test_silence_beyond_the_schedulers_own_bound_ends_a_request():
     world = World(idle_timeout_s=10.0)
     exchange, bounded = world.exchange(), world.exchange(deadline=104.0)
