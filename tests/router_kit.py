@@ -97,8 +97,7 @@ class _WorkerConnection(asyncio.Protocol):
         self.tasks: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport: Any = transport
         self.worker.connections.add(self)
         self.worker.accepted += 1
 
@@ -164,12 +163,13 @@ class FakeWorker:
         if self.server is not None:
             self.server.close()
             self.server = None
+        tasks = [task for connection in self.connections for task in connection.tasks]
         for connection in list(self.connections):
             connection.transport.abort()
-        tasks = [task for connection in list(self.connections) for task in connection.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await eventually(lambda: not self.connections)
 
     async def handle(self, call: Call) -> None:
         path = call.target.partition("?")[0]
@@ -368,5 +368,7 @@ async def routing(
         finally:
             for client in gate.clients:
                 client.close()
+                with contextlib.suppress(ConnectionError):
+                    await client.writer.wait_closed()
             stop.set()
             await task

@@ -138,7 +138,7 @@ async def serve(
                 lambda: ClientConnection(router), config.http.host, config.http.port, backlog=2048
             )
         except OSError as err:
-            router.fleet.close()
+            await router.fleet.close()
             raise ConfigError("--port", f"cannot listen on {config.http.host}:{config.http.port}: {err}") from err
         background = [group.create_task(router.tick())]
         background += [group.create_task(router.fleet.watch(worker)) for worker in router.fleet.all()]
@@ -155,7 +155,7 @@ async def serve(
             server.close()
             for task in background:
                 task.cancel()
-            router.fleet.close()
+            await router.fleet.close()
     log.info("router_stopped")
 
 

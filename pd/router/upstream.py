@@ -56,6 +56,7 @@ class Connection(asyncio.Protocol):
         self._in_body = False
         self._in_chunk = False
         self._complete = False
+        self._keep_alive = False
         self._overrun = False
         self._unsupported = False
 
@@ -169,7 +170,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         consumer, self.consumer = self.consumer, None
         assert consumer is not None
-        keep = self.parser.should_keep_alive() and not self.transport.get_write_buffer_size()
+        keep = self._keep_alive and not self.transport.get_write_buffer_size()
         self._reset()
         self.reused = True
         self.resume()  # the last bytes may have filled the client's buffer: the next request must not find it paused
@@ -217,6 +218,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._keep_alive = self.parser.should_keep_alive()  # afterwards the parser has forgotten
 
 
 class ConnectionPool:
@@ -227,6 +229,7 @@ class ConnectionPool:
         self.connect_timeout, self.max_idle, self.idle_timeout = connect_timeout, max_idle, idle_timeout
         self._idle: deque[Connection] = deque()
         self._all: set[Connection] = set()
+        self._ended = asyncio.Event()  # none is left
 
     def __len__(self) -> int:
         return len(self._all)
@@ -254,6 +257,7 @@ class ConnectionPool:
 
     def adopt(self, connection: Connection) -> None:
         self._all.add(connection)
+        self._ended.clear()
 
     def put(self, connection: Connection) -> None:
         if connection.transport.is_closing():
@@ -265,6 +269,8 @@ class ConnectionPool:
 
     def forget(self, connection: Connection) -> None:
         self._all.discard(connection)
+        if not self._all:
+            self._ended.set()
         if connection in self._idle:
             self._idle.remove(connection)
 
@@ -272,10 +278,12 @@ class ConnectionPool:
         while self._idle and now - self._idle[0].idle_since > self.idle_timeout:
             self._idle.popleft().transport.close()
 
-    def close(self) -> None:
-        """Closes what is idle and ends what is not: its consumers hear `failed`."""
+    async def close(self) -> None:
+        """Ends every connection; consumers hear `failed`. Returns when all have ended."""
         for connection in list(self._all):
             connection.transport.abort()
+        while self._all:
+            await self._ended.wait()
 
 
 class _Collector:

@@ -263,6 +263,7 @@ class Fleet:
             return {}
         return info if isinstance(info, dict) else {}
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Ends every connection to a worker, and returns when they have ended."""
         for worker in self.all():
-            worker.connections.close()
+            await worker.connections.close()
