@@ -80,6 +80,8 @@ class HandoffConfig:
     busy_backoff: float = 0.5
     #: Prefill: stopped writes that have not ended after this long are ended by a reset of their peer.
     reset_after: float = 2.0
+    #: Prefill: after a reset, bytes that were handed to the network may still land for this long: Cancelled waits.
+    reset_linger: float = 1.0
     #: Prefill: least time between two unscheduled heartbeats to one peer.
     status_interval: float = 0.05
     #: Prefill: how many closed ids are remembered.

@@ -39,7 +39,7 @@ from pd.scheduler.prefill_table import (
     PrefillEvent,
     PrefillState,
     Pushes,
-    problem_of,
+    refusal_of,
 )
 from pd.types import HandoffId, InstanceState, Load
 
@@ -170,9 +170,10 @@ class PrefillHandoffs:
         self._welcome_if_ready(now, self.peers.open(now, conn, hello))
 
     def _welcome_if_ready(self, now: float, session: Session) -> None:
-        """`writing` lists more than was asked: everything of this incarnation that is not quiet."""
+        """`writing` lists more than was asked: everything of this incarnation that may still land."""
         if not session.up and self.peers.ready(session):
-            writing = [h.id for h in self._open.values() if h.session.owner == session.owner and h.pushes]
+            stopping = (h for h in self._open.values() if h.state is PrefillState.STOPPING)
+            writing = [h.id for h in stopping if h.session.owner == session.owner]
             self.peers.welcome(now, session, writing)
 
     def session_down(self, now: float, session: int, reason: str) -> None:
@@ -227,7 +228,7 @@ class PrefillHandoffs:
         if id in self._open or id in self._closed:
             self._about(now, session, PrefillEvent.PREFILL, message)
             return
-        refused = self._refusal(session, message)
+        refused = refusal_of(self.peers, self.accepting, session, message)
         if refused is not None:
             self.counts.outcome(f"refused_{refused.why}")
             if refused.why != "mismatch":  # that one is found again
@@ -241,20 +242,6 @@ class PrefillHandoffs:
         session.queued += tokens
         self.peers.credit = max(0, self.peers.credit - tokens)
         self._notices.append(Accepted(id, session.id, message, h.deadline))
-
-    def _refusal(self, session: Session, message: m.Prefill) -> m.Refused | None:
-        problem = problem_of(message, self.identity.block_tokens, session.hello.incarnation)
-        if problem:
-            return m.Refused(message.id, "mismatch", problem)
-        if not self.accepting:
-            return m.Refused(message.id, "draining")
-        if self.peers.state is not InstanceState.READY:
-            return m.Refused(message.id, "busy", "starting")
-        if not self.peers.ready(session):
-            return m.Refused(message.id, "busy", "the data connection is being made anew")
-        if session.queued and len(message.tokens_i32) // 4 > self.peers.credit:
-            return m.Refused(message.id, "busy", "no queue credit")
-        return None
 
     def transfer_said(self, now: float, event: m.TransferEvent) -> None:
         self._now = now
@@ -331,6 +318,8 @@ class PrefillHandoffs:
         for h in list(self._open.values()):
             if h.state in LIVE and now >= h.deadline:
                 self._event(now, h, PrefillEvent.FAIL, ("the request's deadline passed", False))
+            elif h.state is PrefillState.STOPPING:
+                self._close_if_quiet(now, h, None)
         for receiver in self.peers.receivers():
             if receiver.wire is not Wire.RESETTING and self._due(now, receiver):
                 self._reset(now, receiver, "stopped writes did not end")
@@ -423,10 +412,19 @@ class PrefillHandoffs:
             self.out.append(Transfer(m.TransferCancel(identity, h.id.tag)))
         self._close_if_quiet(now, h, None)
 
+    def _settle(self, now: float, h: Handoff, _: Any) -> None:
+        """A reset ended a push: nothing is read here any more, but what was sent may still be on its way."""
+        h.quiet_at = now + self.config.reset_linger
+        self._close_if_quiet(now, h, None)
+
     def _close_if_quiet(self, now: float, h: Handoff, _: Any) -> None:
         if h.pushes:
             return
-        self._notices.append(SourceFree(h.id))
+        if not h.source_free:
+            h.source_free = True
+            self._notices.append(SourceFree(h.id))
+        if now < h.quiet_at:
+            return
         self._close(now, h, None)
         session = self.peers.of_owner(h.session.owner)
         if session is not None:

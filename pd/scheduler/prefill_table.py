@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from pd import messages as m
 from pd.scheduler.handoff_base import Table, ints
-from pd.scheduler.prefill_peers import Receiver, Session
-from pd.types import HandoffId
+from pd.scheduler.prefill_peers import PrefillPeers, Receiver, Session
+from pd.types import HandoffId, InstanceState
 
 
 class PrefillState(enum.Enum):
@@ -67,7 +67,8 @@ PREFILL_TABLE: Table[PrefillState, PrefillEvent] = Table.build(
             "CANCEL LOST": "_ignore",  # Cancelled follows anyway
             "PREFILL ACK": "_stale",
             "STARTED FIRST_TOKEN COMPUTED FAIL": "_ignore",  # the scheduler has not taken its notices yet
-            "PUSHED DROPPED RESET": "_close_if_quiet",
+            "PUSHED DROPPED": "_close_if_quiet",
+            "RESET": "_settle",
             "BROKEN": "_ignore",  # its reset follows when it is due
         },
         _S.CLOSED: {
@@ -100,6 +101,8 @@ class Handoff:
     digests: Mapping[int, Sequence[int]] = field(default_factory=dict)
     nbytes: dict[int, int] = field(default_factory=dict)
     stopped_at: float = 0.0
+    quiet_at: float = 0.0  # not closed before
+    source_free: bool = False
 
 
 @dataclass(eq=False)
@@ -194,3 +197,19 @@ def problem_of(message: m.Prefill, page: int, incarnation: int) -> str:
     if min(ids) < 1 or len(set(ids)) != len(ids):
         return "dests: a block is named twice or is not positive"
     return ""
+
+
+def refusal_of(peers: PrefillPeers, accepting: bool, session: Session, message: m.Prefill) -> m.Refused | None:
+    """Why a Prefill cannot be accepted now, or None."""
+    problem = problem_of(message, peers.identity.block_tokens, session.hello.incarnation)
+    if problem:
+        return m.Refused(message.id, "mismatch", problem)
+    if not accepting:
+        return m.Refused(message.id, "draining")
+    if peers.state is not InstanceState.READY:
+        return m.Refused(message.id, "busy", "starting")
+    if not peers.ready(session):
+        return m.Refused(message.id, "busy", "the data connection is being made anew")
+    if session.queued and len(message.tokens_i32) // 4 > peers.credit:
+        return m.Refused(message.id, "busy", "no queue credit")
+    return None

@@ -343,10 +343,11 @@ def test_a_failed_push_fails_every_hand_off_to_that_peer_and_none_is_quiet_befor
     assert {n.id for n in p.notices if isinstance(n, Stop)} == {a, b}
     p.transfer(m.TransferReset("d.1.0"))
     orders = p.orders()
-    assert {x.id for x in p.sent(orders)} == {a, b}
-    assert {type(x) for x in p.sent(orders)} == {m.Cancelled}
-    assert p.commands(orders) == [m.TransferConnect("d.1.0", b"descriptor of d.1.0", (0, 2))]
     assert p.notices == [SourceFree(a), SourceFree(b)]
+    assert p.commands(orders) == [m.TransferConnect("d.1.0", b"descriptor of d.1.0", (0, 2))]
+    assert not p.sent(orders), "what the network holds may still land"
+    p.tick(1.0)
+    assert {x.id for x in p.sent() if isinstance(x, m.Cancelled)} == {a, b}
 
 
 def test_while_the_data_connection_is_made_anew_prefills_are_refused_as_busy() -> None:
@@ -376,8 +377,9 @@ def test_a_reset_does_not_end_a_push_that_still_rides_on_a_step() -> None:
     p.tick(3.0)
     assert m.TransferResetPeer("d.1.0") in p.commands()
     p.transfer(m.TransferReset("d.1.0"))
-    assert [x for x in p.sent() if isinstance(x, m.Cancelled)] == [m.Cancelled(id)]
     assert SourceFree(id) in p.notices
+    p.tick(4.0)
+    assert [x for x in p.sent() if isinstance(x, m.Cancelled)] == [m.Cancelled(id)]
     p.failed(riding)
     assert not p.sent()
 
@@ -390,7 +392,9 @@ def test_a_riding_push_that_reports_itself_needs_no_second_reset() -> None:
     p.transfer(m.TransferReset("d.1.0"))
     p.orders()
     p.failed(riding, quiet=True)
-    assert m.Cancelled(id) in p.sent()
+    p.tick(1.0)
+    orders = p.orders()
+    assert m.Cancelled(id) in p.sent(orders) and m.TransferResetPeer("d.1.0") not in p.commands(orders)
 
 
 def test_the_scheduler_may_fail_a_hand_off() -> None:
@@ -442,6 +446,18 @@ def test_a_lost_data_connection_ends_the_session() -> None:
     assert act.CloseSession(session, "data connection lost: gone") in orders
     assert [type(n) for n in p.notices] == [Stop, SourceFree]
     assert m.TransferResetPeer("d.1.0") in p.commands(orders) and id
+
+
+def test_a_welcome_after_a_reset_still_lists_what_the_network_may_hold() -> None:
+    p, _, id = accepted()
+    p.failed(p.push(id))
+    p.transfer(m.TransferReset("d.1.0"))
+    p.transfer(m.TransferConnected("d.1.0"))
+    p.hello(conn=2, outstanding=(id,))
+    welcome = p.welcome()
+    assert welcome is not None and welcome.writing == [id]
+    p.tick(1.0)
+    assert m.Cancelled(id) in p.sent()
 
 
 # --- strangers, liveness ---
