@@ -332,10 +332,14 @@ class TransferGrant(Message):
 
 
 class TransferRevoke(Message):
-    """Receiver: take a grant back. Answered by TransferRevoked."""
+    """Receiver: take a grant back. Answered by TransferRevoked.
+
+    `over`: the sender said that nothing with this tag can land any more; forget the grant whatever the backend says.
+    """
 
     sender: str
     tag: int
+    over: bool = False
 
 
 class TransferRevoked(Message):

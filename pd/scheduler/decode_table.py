@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pd import messages as m
+from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, Sender
 from pd.scheduler.handoff_base import MAX_ATTEMPTS, AskSpec, Table, to_i32, to_u64
 from pd.types import HandoffId
@@ -131,7 +133,7 @@ class Attempt:
     answers: int = 0  # TransferVerified still to come
     computed: list[int] = field(default_factory=list)  # sums over local ranks, when several had to compute
     problem: str = ""
-    revoked: bool = False
+    revoked: set[str] = field(default_factory=set)  # senders whose grants are gone at every local rank
     revoke_at: float = NEVER
     cancel_at: float = NEVER
 
@@ -192,3 +194,25 @@ class Counters:
         if len(self._of) > REMEMBERED_KEYS:
             self._of.popitem(last=False)
         return number, attempt
+
+
+@dataclass(frozen=True)
+class DecodeAudit:
+    states: dict[str, list[HandoffId]]
+    incoming: frozenset[int]
+
+
+def audit_attempts(attempts: Iterable[Attempt], pool: BlockPool) -> DecodeAudit:
+    """Every granted block is granted once and in the pool's right state, and no other block is."""
+    states: dict[str, list[HandoffId]] = {}
+    held: set[int] = set()
+    for attempt in attempts:
+        states.setdefault(attempt.state.value, []).append(attempt.id)
+        wanted = "quarantined" if attempt.state is DecodeState.QUARANTINED else "incoming"
+        for block in attempt.blocks:
+            assert block not in held, f"block {block} is granted twice"
+            assert pool.state_of(block) == wanted, f"block {block}: {pool.state_of(block)}, not {wanted}"
+            held.add(block)
+    counts = pool.audit()
+    assert counts["incoming"] + counts["quarantined"] == len(held), f"{counts} but {len(held)} are granted"
+    return DecodeAudit(states, frozenset(held))

@@ -13,7 +13,7 @@ list `out` given at construction; what concerns a request is drained with `take_
 `decode_table` and `prefill_table`, sessions in `decode_peers` and `prefill_peers`.
 """
 
-from pd.scheduler.decode_table import DECODE_TABLE, DecodeEvent, DecodeState
+from pd.scheduler.decode_table import DECODE_TABLE, DecodeAudit, DecodeEvent, DecodeState
 from pd.scheduler.handoff_base import (
     Accepted,
     AskSpec,
@@ -30,7 +30,7 @@ from pd.scheduler.handoff_base import (
     Stop,
     UndefinedTransition,
 )
-from pd.scheduler.handoff_decode import DecodeAudit, DecodeHandoffs
+from pd.scheduler.handoff_decode import DecodeHandoffs
 from pd.scheduler.handoff_prefill import PrefillHandoffs
 from pd.scheduler.prefill_table import PREFILL_TABLE, PrefillEvent, PrefillState
 

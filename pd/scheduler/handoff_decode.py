@@ -13,14 +13,21 @@ failed, left or expired attempt is taken from its request at once and drains her
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pd import messages as m
 from pd.scheduler.actions import Action, CloseSession, Transfer
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, DecodePeers, Peer, Sender
-from pd.scheduler.decode_table import DECODE_TABLE, Attempt, Counters, DecodeEvent, DecodeState
+from pd.scheduler.decode_table import (
+    DECODE_TABLE,
+    Attempt,
+    Counters,
+    DecodeAudit,
+    DecodeEvent,
+    DecodeState,
+    audit_attempts,
+)
 from pd.scheduler.handoff_base import (
     AskSpec,
     AttemptFailed,
@@ -45,12 +52,6 @@ _PEER_EVENTS: dict[type, DecodeEvent] = {
     m.Failed: DecodeEvent.FAILED,
     m.Cancelled: DecodeEvent.CANCELLED,
 }
-
-
-@dataclass(frozen=True)
-class DecodeAudit:
-    states: dict[str, list[HandoffId]]
-    incoming: frozenset[int]
 
 
 class DecodeHandoffs:
@@ -386,13 +387,20 @@ class DecodeHandoffs:
     def _rank_quiet(self, now: float, a: Attempt, event: m.TransferRevoked | m.TransferExpelled) -> None:
         """One local rank answered about one sender (revoke), or all did about a dead one (expel)."""
         identity = event.sender or next(iter(a.sender.ranks.values()))
+        waiting = a.unquiet.get(identity, set())
         if isinstance(event, m.TransferExpelled):
-            a.unquiet.pop(identity, None)
-        elif event.quiet and identity in a.unquiet:
-            a.unquiet[identity].discard(event.rank)
-            if not a.unquiet[identity]:
-                del a.unquiet[identity]
-        elif not event.quiet and a.state is DecodeState.DRAINING and a.sender.session is None:
+            waiting.clear()
+        elif event.quiet:
+            waiting.discard(event.rank)
+        if identity in a.unquiet and not waiting:
+            del a.unquiet[identity]
+            a.revoked.add(identity)
+        if (
+            isinstance(event, m.TransferRevoked)
+            and not event.quiet
+            and a.state is DecodeState.DRAINING
+            and a.sender.session is None
+        ):
             self._quarantine(a)
         self._release_if_quiet(a)
 
@@ -424,8 +432,8 @@ class DecodeHandoffs:
             self._cancel(now, a)
 
     def _revoke(self, a: Attempt) -> None:
-        a.revoked, a.revoke_at = True, NEVER
-        for identity in a.unquiet or a.sender.ranks.values():
+        a.revoke_at = NEVER
+        for identity in a.unquiet:
             self.out.append(Transfer(m.TransferRevoke(identity, a.id.tag)))
 
     def _cancel(self, now: float, a: Attempt) -> None:
@@ -439,9 +447,9 @@ class DecodeHandoffs:
         self._uncount(a)
         if outcome is not None:
             self.counts.outcome(outcome)
-        if not a.revoked:
-            for identity in a.sender.ranks.values():
-                self.out.append(Transfer(m.TransferRevoke(identity, a.id.tag)))
+        for identity in a.sender.ranks.values():
+            if identity not in a.revoked:
+                self.out.append(Transfer(m.TransferRevoke(identity, a.id.tag, True)))
         a.state = DecodeState.CLOSED
         a.sender.grants -= 1
         del self._open[a.id]
@@ -486,15 +494,4 @@ class DecodeHandoffs:
 
     def audit(self) -> DecodeAudit:
         """Open hand-offs by state and the blocks they hold. Raises AssertionError when the pool disagrees."""
-        states: dict[str, list[HandoffId]] = {}
-        held: set[int] = set()
-        for attempt in self._open.values():
-            states.setdefault(attempt.state.value, []).append(attempt.id)
-            wanted = "quarantined" if attempt.state is DecodeState.QUARANTINED else "incoming"
-            for block in attempt.blocks:
-                assert block not in held, f"block {block} is granted twice"
-                assert self.pool.state_of(block) == wanted, f"block {block}: {self.pool.state_of(block)}, not {wanted}"
-                held.add(block)
-        counts = self.pool.audit()
-        assert counts["incoming"] + counts["quarantined"] == len(held), f"{counts} but {len(held)} are granted"
-        return DecodeAudit(states, frozenset(held))
+        return audit_attempts(self._open.values(), self.pool)

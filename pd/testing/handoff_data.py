@@ -85,7 +85,9 @@ class DecodeRunner(Runner):
             self.grants[command.sender, command.tag] = frozenset(ints(command.blocks_i32))
         elif isinstance(command, m.TransferRevoke):
             self.grants.pop((command.sender, command.tag), None)
-            quiet = self.revocable and not self.world.chance(0.05)
+            if command.over and self.world.writes_of(self.host, command.tag, command.sender):
+                raise Violation(f"tag {command.tag:x} is said to be over while a write of it is in flight")
+            quiet = command.over or (self.revocable and not self.world.chance(0.05))
             self.events.append(m.TransferRevoked(command.tag, quiet, command.sender, self.info.rank))
         elif isinstance(command, m.TransferVerify):
             self._verify(command)

@@ -153,8 +153,13 @@ class World:
     def drop_writes(self, which: Callable[[Write], bool]) -> None:
         self.writes = [w for w in self.writes if not which(w)]
 
-    def writes_of(self, host: DecodeHost, tag: int) -> list[Write]:
-        return [w for w in self.writes if w.receiver.host is host and w.posted.tag == tag]
+    def writes_of(self, host: DecodeHost, tag: int, sender: str = "") -> list[Write]:
+        """Writes into this instance that are still in flight, of any sender or of one."""
+        return [
+            w
+            for w in self.writes
+            if w.receiver.host is host and w.posted.tag == tag and sender in ("", w.runner.info.identity)
+        ]
 
     # --- what may happen next ---
 

@@ -78,7 +78,7 @@ def test_ready_only_after_landing_fence_and_digest() -> None:
     assert [d.pool.digest[b] for b in ready.blocks] == [0, 1, 2]
     assert [d.pool.refs(b) for b in ready.blocks] == [1, 1, 1]
     assert d.counts() == (17, 0, 0) and d.machine.quiet
-    assert [type(c) for c in d.commands()] == [m.TransferRevoke], "the grant is dropped at the runner"
+    assert d.commands() == [m.TransferRevoke("p0.1.0", id.tag, over=True)], "the runner forgets the grant"
     assert d.machine.outcomes == {"landed": 1} and d.machine.landed_bytes == 64
 
 
@@ -239,6 +239,24 @@ def test_a_cancelled_request_keeps_its_blocks_until_the_peer_says_cancelled() ->
     assert not d.notices and d.counts() == (17, 3, 0)
     d.said(session, m.Cancelled(id))
     assert d.counts() == (20, 0, 0) and d.machine.outcomes == {"cancelled": 1}
+
+
+def test_the_runner_forgets_a_grant_that_it_could_not_revoke_itself() -> None:
+    d, session, id = asked()
+    d.machine.cancel(0.0, 1, "client gone")
+    d.tick(1.1)
+    d.revoked(id, quiet=False)
+    d.orders()
+    d.said(session, m.Cancelled(id))
+    assert d.commands() == [m.TransferRevoke("p0.1.0", id.tag, over=True)]
+
+
+def test_a_grant_that_was_revoked_is_not_revoked_again() -> None:
+    d, session, id = asked()
+    d.machine.session_down(0.0, session, "closed")
+    d.orders()
+    d.revoked(id, quiet=True)
+    assert not d.commands()
 
 
 def test_while_draining_landed_means_cancelled_when_every_rank_said_it() -> None:
