@@ -139,8 +139,10 @@ class ScriptedBackend:
     def fence(self, identity: str) -> None:
         self.calls.append(("fence", identity))
 
-    def take_digests(self, tag: int, sender: str) -> dict:
-        return self.digests.pop((tag, sender), {})
+    def take_digests(self, tag: int, sender: str) -> np.ndarray:
+        taken = self.digests.pop((tag, sender), {})
+        rows = [[region, offset, length, digest] for (region, offset), (length, digest) in taken.items()]
+        return np.array(rows, dtype=np.uint64).reshape(-1, 4)
 
     def expel(self, identity: str) -> bool:
         self.calls.append(("expel", identity))

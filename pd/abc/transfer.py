@@ -145,11 +145,11 @@ class TransferBackend(Protocol):
     def fence(self, identity: str) -> None:
         """Receiver: later kernels see every write of this sender that was reported complete."""
 
-    def take_digests(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
-        """Receiver, if `returns_digests`: (region, offset) -> (length, digest) of what was applied with this tag.
+    def take_digests(self, tag: int, sender: str) -> npt.NDArray[np.uint64]:
+        """Receiver, if `returns_digests`: uint64[n, 4] (region, offset, length, digest) of what this tag applied.
 
         Spans are cut at block boundaries; the digest is `pd.transfer.digest` of each piece, keyed by its position
-        within its block. Removes them. Pieces without an entry are digested by the core.
+        within its block. Removes them. The core digests blocks itself that these do not add up to.
         """
 
     def expel(self, identity: str) -> bool:

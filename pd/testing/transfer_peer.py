@@ -144,8 +144,7 @@ class Side:
 
     def take_digests(self, tag: int, sender: str) -> list[list[int]]:
         """[region, offset, length, digest], sorted."""
-        taken = self.backend.take_digests(tag, sender)
-        return sorted([region, offset, *value] for (region, offset), value in taken.items())
+        return sorted(self.backend.take_digests(tag, sender).tolist())
 
     # --- the process ---
 
@@ -173,13 +172,21 @@ def checksum(data: np.ndarray) -> str:
 class RemoteSide:
     """A `Side` in a process of its own: `call` a method of it by name."""
 
-    def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str], prefix: Sequence[str] = ()):
-        """`prefix` goes before the command line (`ip netns exec …`)."""
+    def __init__(
+        self,
+        factory: str,
+        host: str,
+        secret: str,
+        options: Mapping[str, str],
+        prefix: Sequence[str] = (),
+        module: str = "pd.testing.transfer_peer",
+    ) -> None:
+        """`prefix` goes before the command line (`ip netns exec …`); `module` calls `main` with its own `Side`."""
         self.identity = ""
         setup = json.dumps([factory, host, secret, dict(options)])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "pd.testing.transfer_peer", setup],
+            [*prefix, sys.executable, "-m", module, setup],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -260,9 +267,9 @@ def serve(side: Side) -> None:
             sys.stdout.flush()
 
 
-def main() -> None:
+def main(kind: type[Side] = Side) -> None:
     factory, host, secret, options = json.loads(sys.argv[1])
-    side = Side(factory, host, secret, options)
+    side = kind(factory, host, secret, options)
     serve(side)
     side.close()
 

@@ -14,11 +14,12 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities
 from pd.errors import BackendUnavailable, PeerLost, TransferError
@@ -337,7 +338,7 @@ class DirectBackend:
     def revoke(self, tag: int, sender: str) -> bool:
         return self._ledger().revoke(tag, sender, QUIET_TIMEOUT)
 
-    def take_digests(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
+    def take_digests(self, tag: int, sender: str) -> npt.NDArray[np.uint64]:
         return self._ledger().take(tag, sender)
 
     def fence(self, identity: str) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from pd.abc import Region, Spans
 from pd.errors import TransferError
-from pd.transfer.digest import CHUNK, WORD
+from pd.transfer.digest import CHUNK, RUN, WORD
 
 #: Regions are laid out this far apart on one line, so that one search finds a range of any of them.
 REGION_STRIDE = 1 << 48
@@ -25,10 +26,11 @@ REGION_STRIDE = 1 << 48
 COPY = 1 << 22
 
 I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
 
 
-def within(regions: npt.NDArray[np.uint64], offsets: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64],
-           sizes: npt.NDArray[np.uint64]) -> bool:  # fmt: skip
+def within(regions: U64, offsets: U64, lengths: U64,
+           sizes: U64) -> bool:  # fmt: skip
     """Whether every span is non-empty and inside its region. No sum that could overflow."""
     if not len(regions):
         return True
@@ -38,18 +40,8 @@ def within(regions: npt.NDArray[np.uint64], offsets: npt.NDArray[np.uint64], len
     return bool(np.all((lengths > 0) & (lengths <= size) & (offsets <= size - np.minimum(lengths, size))))
 
 
-def sizes_of(regions: Sequence[Region]) -> npt.NDArray[np.uint64]:
+def sizes_of(regions: Sequence[Region]) -> U64:
     return np.array([region.nbytes for region in regions], dtype=np.uint64)
-
-
-@dataclass(frozen=True)
-class Applied:
-    """Digests of pieces that landed with one post."""
-
-    regions: I64
-    offsets: I64
-    lengths: I64
-    digests: npt.NDArray[np.uint64]
 
 
 @dataclass
@@ -83,7 +75,7 @@ class Ledger:
         self.sizes = sizes_of(regions)
         self._lock = threading.Lock()
         self._grants: dict[tuple[str, int], Grant] = {}
-        self._applied: dict[tuple[str, int], list[Applied]] = {}
+        self._applied: dict[tuple[str, int], list[U64]] = {}
         self._expelled: set[str] = set()
 
     def grant(self, tag: int, spans: Spans, sender: str) -> None:
@@ -143,61 +135,65 @@ class Ledger:
         with self._lock:
             return sender in self._expelled
 
-    def record(self, sender: str, tag: int, applied: Applied) -> None:
-        """Keep the digests of what landed, until `take`."""
+    def record(self, sender: str, tag: int, applied: U64) -> None:
+        """Keep the digests of what landed (see `Chunks.applied`) until `take`."""
         with self._lock:
             if sender not in self._expelled:
                 self._applied.setdefault((sender, tag), []).append(applied)
 
-    def take(self, tag: int, sender: str) -> Mapping[tuple[int, int], tuple[int, int]]:
-        """(region, offset) -> (length, digest) of everything recorded with this tag; forgets it."""
+    def take(self, tag: int, sender: str) -> U64:
+        """uint64[n, 4] (region, offset, length, digest) of everything recorded with this tag; forgets it."""
         with self._lock:
             records = self._applied.pop((sender, tag), [])
-        out: dict[tuple[int, int], tuple[int, int]] = {}
-        for one in records:
-            where = zip(one.regions.tolist(), one.offsets.tolist(), strict=True)
-            out.update(zip(where, zip(one.lengths.tolist(), one.digests.tolist(), strict=True), strict=True))
-        return out
+        return np.concatenate([np.zeros((0, 4), np.uint64), *records])
 
 
 @dataclass(frozen=True)
 class Chunks:
     """A post cut into chunks that are copied, and digested, in one call each.
 
-    The chunks' columns are Python lists because a loop runs over them. `piece_starts`: the chunk with which each digest
-    piece begins; empty where this post gets no digests.
+    `table` int64[n, 6]: sender's region and offset, our region and offset, length, position of the first word in its
+    block. `piece_starts`: the chunk with which each digest piece begins; empty where this post gets no digests. `unit`:
+    the length of every chunk, if that is one length of which all offsets are multiples, whole runs, in one region here
+    and there (blocks, usually); else 0.
     """
 
-    source_region: list[int]
-    source: list[int]
-    region: list[int]
-    offset: list[int]
-    length: list[int]
-    word: list[int]
+    table: I64
+    unit: int
     piece_starts: I64
-    piece_regions: I64
-    piece_offsets: I64
-    piece_lengths: I64
+    pieces: I64  # int64[m, 3]: region, offset, length
 
     @property
     def digested(self) -> bool:
         return len(self.piece_starts) > 0
 
-    def applied(self, sums: Sequence[np.uint64]) -> Applied:
-        """Add the chunks' digests up to pieces."""
-        totals = np.add.reduceat(np.array(sums, dtype=np.uint64), self.piece_starts)
-        return Applied(self.piece_regions, self.piece_offsets, self.piece_lengths, totals)
+    @cached_property
+    def region(self) -> list[int]:
+        return self.column(2)
 
+    @cached_property
+    def offset(self) -> list[int]:
+        return self.column(3)
 
-def _split(first: I64, lengths: I64, step: I64) -> tuple[I64, I64, I64]:
-    """Cut lengths[i] after first[i], then every step[i]: (index of the whole, begin in it, length) of each part."""
-    first = np.minimum(first, lengths)
-    counts = 1 + -(-(lengths - first) // step)
-    index = np.repeat(np.arange(len(lengths)), counts)
-    nth = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.where(nth == 0, 0, first[index] + (nth - 1) * step[index])
-    end = np.minimum(first[index] + nth * step[index], lengths[index])
-    return index, begin, end - begin
+    @cached_property
+    def length(self) -> list[int]:
+        return self.column(4)
+
+    @cached_property
+    def word(self) -> list[int]:
+        return self.column(5)
+
+    def column(self, index: int, divisor: int = 1) -> list[int]:
+        """As Python integers, which loops want."""
+        values: list[int] = (self.table[:, index] // divisor if divisor > 1 else self.table[:, index]).tolist()
+        return values
+
+    def applied(self, sums: Sequence[np.uint64]) -> U64:
+        """The chunks' digests added up to pieces: uint64[m, 4] (region, offset, length, digest)."""
+        out = np.empty((len(self.pieces), 4), dtype=np.uint64)
+        out[:, :3] = self.pieces
+        out[:, 3] = np.add.reduceat(np.array(sums, dtype=np.uint64), self.piece_starts)
+        return out
 
 
 def cut(spans: Spans, regions: Sequence[Region]) -> Chunks:
@@ -205,33 +201,43 @@ def cut(spans: Spans, regions: Sequence[Region]) -> Chunks:
 
     A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks.
     """
-    table = spans.astype(np.int64)
-    region, offset, length = table[:, 2], table[:, 3], table[:, 4]
-    blocks = np.array([one.block_bytes for one in regions], dtype=np.int64)[region]
-    digested = bool(np.all(blocks)) and not np.any((offset | length | blocks) % WORD)
-    if digested:
-        index, begin, length = _split(blocks - offset % blocks, length, blocks)
-    else:
-        index, begin = np.arange(len(table)), np.zeros(len(table), np.int64)
-    step = np.full(len(index), CHUNK if digested else COPY, np.int64)
-    piece, inside, size = _split(step, length, step)
-    row, at = index[piece], begin[piece] + inside
-    where = offset[row] + at
-    word = np.zeros(len(row), np.int64)
+    table = np.zeros((len(spans), 6), dtype=np.int64)
+    table[:, :5] = spans
+    blocks = np.array([one.block_bytes for one in regions], dtype=np.int64)[table[:, 2]]
+    digested = bool(np.all(blocks)) and not np.any((table[:, 3] | table[:, 4] | blocks) % WORD)
+    pieces = table[:, 2:5]
     starts = np.zeros(0, np.int64)
     if digested:
-        first = np.array([one.first_word for one in regions], dtype=np.int64)[region[row]]
-        word = first + where % blocks[row] // WORD
-        starts = np.flatnonzero(np.r_[True, piece[1:] != piece[:-1]]).astype(np.int64)
-    return Chunks(
-        source_region=table[row, 0].tolist(),
-        source=(table[row, 1] + at).tolist(),
-        region=region[row].tolist(),
-        offset=where.tolist(),
-        length=size.tolist(),
-        word=word.tolist(),
-        piece_starts=starts,
-        piece_regions=region[index],
-        piece_offsets=offset[index] + begin,
-        piece_lengths=length,
-    )
+        inside = table[:, 3] % blocks
+        table, source = _split(table, blocks - inside, blocks)
+        pieces, blocks = table[:, 2:5], blocks[source]
+    table, source = _split(table, *2 * (np.full(len(table), CHUNK if digested else COPY, np.int64),))
+    if digested:
+        first = np.array([one.first_word for one in regions], dtype=np.int64)[table[:, 2]]
+        table[:, 5] = first + table[:, 3] % blocks[source] // WORD
+        starts = np.flatnonzero(np.diff(source, prepend=-1))
+    return Chunks(table, _unit(table), starts, pieces)
+
+
+def _split(table: I64, first: I64, step: I64) -> tuple[I64, I64]:
+    """Cut row i after first[i] bytes, then every step[i]. Returns the parts and the row of which each is one."""
+    length = table[:, 4]
+    if np.all(length <= first):
+        return table, np.arange(len(table))
+    first = np.minimum(first, length)
+    counts = 1 + -(-(length - first) // step)
+    row = np.repeat(np.arange(len(table)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = np.where(nth == 0, 0, first[row] + (nth - 1) * step[row])
+    end = np.minimum(first[row] + nth * step[row], length[row])
+    parts = table[row]
+    parts[:, [1, 3]] += begin[:, None]
+    parts[:, 4] = end - begin
+    return parts, row
+
+
+def _unit(table: I64) -> int:
+    unit = int(table[0, 4]) if len(table) else 0
+    if not unit or unit % (RUN * WORD) or np.any(table[:, [0, 2, 4]] != table[0, [0, 2, 4]]):
+        return 0
+    return 0 if np.any(table[:, [1, 3]] % unit) or np.any(table[:, 5] % RUN) else unit

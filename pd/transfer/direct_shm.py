@@ -10,8 +10,7 @@ import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,17 @@ import numpy.typing as npt
 from pd.abc import Region
 from pd.errors import ProtocolError
 from pd.ipc.memory import SharedMemory
-from pd.transfer.digest import WORD, digest_words, key_table
+from pd.transfer.digest import RUN, WORD, digest_words, run_keys, sum_runs
 from pd.transfer.direct_ledger import Chunks, Grant
 
 PAGE = mmap.PAGESIZE
 
 #: Bytes that are copied under one hold of a grant's lock: some hundred microseconds.
 BATCH = 1 << 20
+
+
+#: Copies a slice of the chunks and appends their digests.
+Copy = Callable[[slice, list[Any]], None]
 
 
 class EpochPage:
@@ -87,9 +90,7 @@ class Target:
         self.regions = regions
         self.bytes = [np.frombuffer(one.buffer, dtype=np.uint8) for one in regions if one.buffer is not None]
         self.words = [raw[: raw.size // WORD * WORD].view(np.uint64) for raw in self.bytes]
-        # A block's words start at first_word; the keys of the whole block are one contiguous slice of the table.
-        last = max((one.first_word + one.block_bytes // WORD for one in regions if one.block_bytes), default=1)
-        self.keys = key_table(last)
+        self.keys = run_keys(max((one.first_word + one.block_bytes // WORD for one in regions), default=1))
 
 
 def copy_chunks(chunks: Chunks, source: PeerMemory, target: Target, grant: Grant) -> list[np.uint64] | None:
@@ -98,34 +99,57 @@ def copy_chunks(chunks: Chunks, source: PeerMemory, target: Target, grant: Grant
     The sender's epoch is looked at before and after each batch: bytes that were read later than its end may have been
     reused, so they must not be reported. Their place is still the grant's, and its content is undefined.
     """
-    count = len(chunks.length)
+    count = len(chunks.table)
     if not count:
         return []
-    batch = max(1, min(64, BATCH // max(chunks.length)))
-    columns = (chunks.source_region, chunks.source, chunks.region, chunks.offset, chunks.length, chunks.word)
-    rows = zip(*columns, strict=True)
+    batch = max(1, min(64, BATCH // int(chunks.table[:, 4].max())))
+    copy = _units(chunks, source, target) if chunks.unit else _general(chunks, source, target)
     sums: list[Any] = []
-    step = _copy_and_digest if chunks.digested else _copy
-    for _ in range(0, count, batch):
+    for start in range(0, count, batch):
         with grant.lock:
             if not grant.live or source.ended():
                 return None
-            step(islice(rows, batch), source.regions, target, sums)
+            copy(slice(start, start + batch), sums)
             if source.ended():
                 return None
     return sums
 
 
-def _copy(rows: Any, source: list[npt.NDArray[np.uint8]], target: Target, sums: list[Any]) -> None:
-    ours = target.bytes
-    for source_region, at, region, offset, length, _ in rows:
-        # numpy releases the GIL for copies of this size.
-        ours[region][offset : offset + length] = source[source_region][at : at + length]
+def _general(chunks: Chunks, source: PeerMemory, target: Target) -> Copy:
+    """Chunks of any length and place."""
+    theirs, ours, words, keys, digested = source.regions, target.bytes, target.words, target.keys, chunks.digested
+    columns = [chunks.column(i) for i in range(6)]
+
+    def copy(some: slice, sums: list[Any]) -> None:
+        for source_region, at, region, offset, length, word in zip(*(one[some] for one in columns), strict=True):
+            # numpy releases the GIL for copies of this size.
+            ours[region][offset : offset + length] = theirs[source_region][at : at + length]
+            if digested:
+                first, count = offset >> 3, length >> 3
+                sums.append(digest_words(words[region][first : first + count], word, keys))
+
+    return copy
 
 
-def _copy_and_digest(rows: Any, source: list[npt.NDArray[np.uint8]], target: Target, sums: list[Any]) -> None:
-    ours, words, keys = target.bytes, target.words, target.keys
-    for source_region, at, region, offset, length, word in rows:
-        ours[region][offset : offset + length] = source[source_region][at : at + length]
-        first, count = offset >> 3, length >> 3
-        sums.append(digest_words(words[region][first : first + count], keys[word : word + count]))
+def _units(chunks: Chunks, source: PeerMemory, target: Target) -> Copy:
+    """Chunks that are rows of both regions and, if they are digested, whole runs. The loop is as short as can be."""
+    unit, digested = chunks.unit, chunks.digested
+    shape = (-1, unit // WORD // RUN, RUN)
+    source_region, region = chunks.table[0, [0, 2]].tolist()
+    theirs = _rows(source.regions[source_region], unit, shape)
+    ours = _rows(target.bytes[region], unit, shape)
+    from_rows, to_rows, runs = chunks.column(1, unit), chunks.column(3, unit), chunks.column(5, RUN)
+    keys = {run: target.keys[run : run + shape[1]] for run in set(runs)}
+
+    def copy(some: slice, sums: list[Any]) -> None:
+        for source_row, to_row, run in zip(from_rows[some], to_rows[some], runs[some], strict=True):
+            row = ours[to_row]
+            row[:] = theirs[source_row]
+            if digested:
+                sums.append(sum_runs(row, keys[run]))
+
+    return copy
+
+
+def _rows(region: npt.NDArray[np.uint8], unit: int, shape: tuple[int, int, int]) -> npt.NDArray[np.uint64]:
+    return region[: region.size // unit * unit].view(np.uint64).reshape(shape)

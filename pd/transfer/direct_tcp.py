@@ -44,7 +44,7 @@ class Stream:
 
     @property
     def landed(self) -> bool:
-        return self.chunk == len(self.chunks.length)
+        return self.chunk == len(self.chunks.table)
 
     @property
     def over(self) -> bool:
@@ -141,7 +141,7 @@ class StreamReceiver:
 
 def _digest(chunks: Chunks, index: int, target: Target) -> Any:
     first, count, word = chunks.offset[index] >> 3, chunks.length[index] >> 3, chunks.word[index]
-    return digest_words(target.words[chunks.region[index]][first : first + count], target.keys[word : word + count])
+    return digest_words(target.words[chunks.region[index]][first : first + count], word, target.keys)
 
 
 class StreamSource:

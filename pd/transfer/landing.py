@@ -6,7 +6,6 @@ sender's `TransferExpelled(quiet)` was reported; the scheduler keeps it out of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +35,7 @@ class Landing:
 
     granted: dict[str, list[Spans]] = field(default_factory=dict)
     landed: set[str] = field(default_factory=set)  # senders that said so: the verify that asks about them implies it
-    pieces: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    pieces: list[U64] = field(default_factory=list)  # as take_digests returns them
     error: str = ""
 
 
@@ -50,7 +49,7 @@ class Check:
     ids: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
     heads: tuple[int, int]
-    pieces: Mapping[tuple[int, int], tuple[int, int]]
+    pieces: U64
     spans: Spans
 
 
@@ -117,7 +116,7 @@ class Receiving:
         self._backend.fence(command.sender)
         landing.landed.add(command.sender)
         if capabilities.returns_digests:
-            landing.pieces.update(self._backend.take_digests(command.tag, command.sender))
+            landing.pieces.append(self._backend.take_digests(command.tag, command.sender))
         if landing.error:
             raise TransferError(landing.error)
         pool = self._pool(command.group)
@@ -133,7 +132,8 @@ class Receiving:
         spans = block_spans(pool, command.group, ids)
         heads = pool.local_heads(command.kv_heads)
         region = self._regions[command.group]
-        return Check(command, pool, region, ids, tokens, heads, dict(landing.pieces), spans)
+        pieces = np.concatenate([np.zeros((0, 4), np.uint64), *landing.pieces])
+        return Check(command, pool, region, ids, tokens, heads, pieces, spans)
 
     def check(self, check: Check) -> TransferVerified:
         """Compare digests; what was staged goes to the device if all is well."""
@@ -177,21 +177,15 @@ class Receiving:
         """uint64[blocks]: summed from what the backend returned where that is the whole of a block's slice."""
         shape, (first, last) = check.pool.shape, check.heads
         start, length = first * shape.head_bytes, (last - first) * shape.head_bytes
-        known: dict[int, tuple[int, int]] = {}  # block -> (bytes, sum)
-        region = check.region.index
-        for (index, offset), (nbytes, digest) in check.pieces.items():
-            block, inside = divmod(offset, shape.nbytes)
-            if index == region and start <= inside < start + length:
-                had = known.get(block, (0, 0))
-                known[block] = had[0] + nbytes, had[1] + digest
-        out = np.empty(len(check.ids), dtype=np.uint64)
-        left = []
-        for i, (block, tokens) in enumerate(zip(check.ids.tolist(), check.tokens.tolist(), strict=True)):
-            nbytes, digest = known.get(block, (0, 0))
-            if tokens == shape.tokens and nbytes == length:
-                out[i] = digest & 0xFFFFFFFFFFFFFFFF
-            else:
-                left.append(i)
+        pieces = check.pieces[check.pieces[:, 0] == check.region.index]
+        blocks, inside = np.divmod(pieces[:, 1].astype(np.int64), shape.nbytes)
+        mine = (inside >= start) & (inside < start + length)
+        # Per block of the pool: bytes that the backend digested, and the sum. What landed twice counts twice.
+        nbytes, sums = np.zeros(check.pool.num_blocks, np.uint64), np.zeros(check.pool.num_blocks, np.uint64)
+        np.add.at(nbytes, blocks[mine], pieces[mine, 2])
+        np.add.at(sums, blocks[mine], pieces[mine, 3])
+        out = sums[check.ids]
+        left = np.flatnonzero((check.tokens != shape.tokens) | (nbytes[check.ids] != length)).tolist()
         if left:
             self._compute(check, left, out)
         return out

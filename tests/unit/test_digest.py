@@ -11,7 +11,7 @@ from pd.transfer.digest import (
     digest_blocks,
     digest_span,
     digest_spans,
-    key_table,
+    run_keys,
     splitmix64,
     valid_runs,
 )
@@ -30,7 +30,7 @@ def reference(words: list[int], first_word: int) -> int:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
         return (z ^ (z >> 31)) | 1
 
-    return sum(w * key(first_word + i) for i, w in enumerate(words)) & MASK
+    return sum(w * key((first_word + i) // 64) for i, w in enumerate(words)) & MASK
 
 
 def random_bytes(count: int, seed: int = 0) -> np.ndarray:
@@ -42,9 +42,9 @@ def test_splitmix64_gives_the_published_first_output_of_seed_zero():
 
 
 def test_every_key_is_odd_and_the_table_is_shared_and_read_only():
-    table = key_table(5000)
-    assert np.all(table & np.uint64(1) == 1)
-    assert key_table(4097) is table
+    table = run_keys(5000)
+    assert np.all(table & np.uint64(1) == 1) and len(table) * 64 >= 5000
+    assert run_keys(4097) is table
     with pytest.raises(ValueError, match="read-only"):
         table[0] = 1
 
@@ -56,8 +56,9 @@ def test_the_digest_is_its_definition(words, first_word):
 
 def test_a_span_longer_than_a_chunk_is_its_definition_too():
     data = random_bytes(3 * (1 << 18) + 64)
-    keys = key_table(7 + data.size // 8)[7 : 7 + data.size // 8]
-    assert digest_span(data, 7) == int(np.dot(data.view(np.uint64), keys))
+    for first_word in (0, 7, 64):
+        keys = run_keys(first_word + data.size // 8)[(first_word + np.arange(data.size // 8)) // 64]
+        assert digest_span(data, first_word) == int(np.dot(data.view(np.uint64), keys))
 
 
 @given(st.integers(1, 39), st.integers(0, 500), st.integers(0, 99))
@@ -90,17 +91,23 @@ def test_any_change_of_one_byte_changes_the_digest(word, flip, byte):
     assert digest_span(data, 0) != before
 
 
-@given(st.integers(0, 39), st.integers(0, 39))
-def test_swapping_two_different_words_changes_the_digest(i, j):
-    words = np.arange(1, 41, dtype=np.uint64)
-    before = digest_span(words.view(np.uint8), 0)
-    words[[i, j]] = words[[j, i]]
-    assert (digest_span(words.view(np.uint8), 0) != before) == (i != j)
+@given(st.integers(0, 19), st.integers(0, 19))
+def test_two_different_runs_that_change_places_change_the_digest(i, j):
+    runs = np.arange(20 * 64, dtype=np.uint64).reshape(20, 64) ** 2
+    before = digest_span(runs.reshape(-1).view(np.uint8), 0)
+    runs[[i, j]] = runs[[j, i]]
+    assert (digest_span(runs.reshape(-1).view(np.uint8), 0) != before) == (i != j)
+
+
+@given(st.integers(1, 255))
+def test_bytes_that_moved_change_the_digest(shift):
+    words = splitmix64(np.arange(512, dtype=np.uint64))
+    assert digest_span(np.roll(words, shift).view(np.uint8), 0) != digest_span(words.view(np.uint8), 0)
 
 
 def test_equal_bytes_at_another_position_have_another_digest():
-    data = random_bytes(64)
-    assert digest_span(data, 0) != digest_span(data, 8)
+    data = random_bytes(512)
+    assert digest_span(data, 0) != digest_span(data, 64)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
