@@ -85,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
         self._reading_paused = False
         self._deaf = False  # whatever still comes is thrown away
         self._advancing = False
+        self._replaying = False
         self._current: Request | None = None
         self._fresh = True  # nothing received yet
         self._begin()
@@ -98,6 +99,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_size = 0
         self._length = 0
         self._body: bytearray | bytes = b""
+        self._chunked = False
         self._expect = False
         self._options = b""
 
@@ -278,11 +280,8 @@ class ClientConnection(asyncio.Protocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # The request asked for another protocol and is served with this one (RFC 9110, 7.8); the parser stopped.
-            self.parser = httptools.HttpRequestParser(self)
-            rest = data[upgrade.args[0] :]
-            if rest and not self._deaf:
-                self._feed(rest)
+            if not self._deaf:
+                self._decline_upgrade(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as err:
             if not self._deaf:
@@ -291,23 +290,48 @@ class ClientConnection(asyncio.Protocol):
         if self._in_message and self._in_head and self._head_fed > MAX_HEAD:
             self._refuse(error(431, "request head too large", "header_fields_too_large"))
 
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Goes on after a request that asked for another protocol, which is served with this one (RFC 9110, 7.8).
+
+        The parser stopped after the head. If a body follows, a new parser is told so and reads it.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        if self._in_message:
+            self._replaying = True
+            framing = b"transfer-encoding: chunked" if self._chunked else b"content-length: %d" % self._length
+            close = b"connection: close\r\n" if b"close" in self._options else b""
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n" + close + framing + b"\r\n\r\n")
+            self._replaying = False
+        if rest:
+            self._feed(rest)
+
     def _stop(self, status: int, message: str, code: str) -> None:
         self._refuse(error(status, message, code))
         raise _Refused
 
     def on_message_begin(self) -> None:
+        if self._replaying:
+            return
         if self._deaf:
             raise _Refused
         self._begin()
         self.deadline = self.loop.time() + self.limits.head_timeout
 
     def on_url(self, url: bytes) -> None:
+        if self._replaying:
+            return
         self._request.target += url
+        self._count_head(len(url))
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_size += len(name) + len(value) + 4
+    def _count_head(self, size: int) -> None:
+        self._head_size += size
         if self._head_size > MAX_HEAD:
             self._stop(431, "request head too large", "header_fields_too_large")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._replaying:
+            return
+        self._count_head(len(name) + len(value) + 4)
         if not self._in_head:
             return  # a trailer
         name = name.lower()
@@ -321,14 +345,18 @@ class ClientConnection(asyncio.Protocol):
     def _on_hop_header(self, name: bytes, value: bytes) -> None:
         if name == b"content-length":
             self._length = int(value)
-        elif name == b"transfer-encoding" and value.lower() != b"chunked":
-            self._stop(501, "only chunked transfer-encoding is understood", "unsupported_transfer_encoding")
+        elif name == b"transfer-encoding":
+            self._chunked = True
+            if value.lower() != b"chunked":
+                self._stop(501, "only chunked transfer-encoding is understood", "unsupported_transfer_encoding")
         elif name == b"expect":
             self._expect = value.lower() == b"100-continue"
         elif name == b"connection":
             self._options += b"," + value.lower()
 
     def on_headers_complete(self) -> None:
+        if self._replaying:
+            return
         self._in_head = False
         request, version = self._request, self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
@@ -353,6 +381,8 @@ class ClientConnection(asyncio.Protocol):
             self._stop(413, f"request body larger than {self.limits.max_body} bytes", "request_too_large")
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade() and (self._length or self._chunked):
+            return  # only for the parser: see _decline_upgrade
         request = self._request
         request.body = bytes(self._body)
         request.keep_alive = self.parser.should_keep_alive() and not request.old

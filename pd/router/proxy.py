@@ -282,10 +282,10 @@ class Exchange:
         self.core.stats.broken_streams += 1
         self._account(self.status)
         if self.events and connection is not None:
-            if connection.between_chunks and not connection.decode:
-                if not self.last or self.last.endswith(b"\r\n"):
-                    complete = not self.last or self.last.endswith((b"\n\n\r\n", b"\r\n\r\n\r\n"))
-                    self.client.write(error_event(status, message, code, open_event=not complete))
-            elif connection.length is None:
-                self.client.write(b"\n\ndata: " + error_body(status, message, code) + b"\n\n")
+            if not connection.chunked or connection.decode:
+                if connection.length is None:
+                    self.client.write(b"\n\ndata: " + error_body(status, message, code) + b"\n\n")
+            elif connection.between_chunks and (not self.last or self.last.endswith(b"\r\n")):
+                complete = not self.last or self.last.endswith((b"\n\n\r\n", b"\r\n\r\n\r\n"))
+                self.client.write(error_event(status, message, code, open_event=not complete))
         self.client.finished(close=True)

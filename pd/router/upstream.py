@@ -252,6 +252,7 @@ class ConnectionPool:
         except BaseException:
             if connection.transport is not None:  # made, and cancelled before it could be handed over
                 connection.transport.abort()
+                self.forget(connection)  # uvloop may already have closed it without calling connection_lost
             raise
         return connection
 

@@ -43,7 +43,7 @@ class Health(enum.Enum):
 
 @dataclass(frozen=True)
 class Address:
-    """A worker as the user wrote it. `control_port`, if not 0, stands in for the one that a prefill instance reports."""
+    """A worker as the user wrote it. `control_port`, if not 0, replaces the one that a prefill instance reports."""
 
     url: str
     host: str

@@ -8,8 +8,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from pd.router.plugin import Random
 from router_kit import Call, Client, Entry, FakeWorker, First, echo, eventually, prefill_worker, routing, workers
+
+from pd.router.plugin import Random
 
 Run = Callable[..., Any]
 
