@@ -201,6 +201,7 @@ class _Plan:
                 "transfer": config.transfer.transfer,
                 "bootstrap_port": port,
                 "max_running_requests": config.scheduler.max_running_requests,
+                "local_prefill": config.scheduler.local_prefill,
             },
         )
         return self._spec("api", "pd.api.service:main", process)

@@ -65,6 +65,7 @@ class Node:
         self.stepping = False
         self.exit: ac.Exit | None = None
         self.grants: dict[tuple[str, int], list[int]] = {}  # (sender, tag) -> blocks
+        self.last_command = 0.0
         self.granted: set[tuple[str, int]] = set()  # ever
         self.expelled: set[str] = set()
         self.resets: dict[str, int] = {}  # receiver -> number of resets: earlier writes no longer count
@@ -92,7 +93,10 @@ class Node:
                 if world.owner_of(message) in (None, self):
                     note_reply(world.clients, message)
             case ac.Transfer(command):
-                world.later(world.draw(world.config.message_delay), lambda: self._command(command), node=self)
+                # One socket: commands are late, but in order.
+                at = max(world.now + world.draw(world.config.message_delay), self.last_command)
+                self.last_command = at
+                world.later(at - world.now, lambda: self._command(command), node=self)
             case ac.SendPeer(session, message):
                 world.send(self, session, message)
             case ac.OpenSession(endpoint, hello, timeout):
@@ -187,6 +191,7 @@ class Node:
             return
         for source, destination in zip(src, dst, strict=True):
             self.world.check_write(target, destination, self.identity, push.tag)
+            self.world.check_read(self, source)
             target.runner.memory[destination] = self.runner.memory[source]
             if self.world.random.random() < self.world.corruption:
                 target.runner.memory[destination, 0] ^= 1
@@ -468,6 +473,19 @@ class SimCluster:
         state = core.pool.state_of(block)
         if state not in ("incoming", "quarantined") or block not in target.grants.get((sender, tag), ()):
             raise Misplaced(f"{sender} wrote block {block} of {target.name} (tag {tag}), which is {state}")
+
+    def check_read(self, sender: Node, block: int) -> None:
+        core = sender.scheduler.core
+        assert core is not None
+        if sender.alive and core.pool.state_of(block) != "owned":
+            raise Misplaced(f"a push reads block {block} of {sender.name}, which is {core.pool.state_of(block)}")
+
+    def check_digests(self) -> None:
+        """Digests are the second line: unless data is corrupted on its way, they never find anything."""
+        for node in self.lives:
+            if node.scheduler.decode is not None and not self.corruption:
+                found = node.scheduler.decode.handoffs.outcomes.get("digest_mismatch", 0)
+                assert not found, f"{node.name} received {found} damaged prompts"
 
     def check_answers(self) -> None:
         """Every token that a client saw is the right one; a finished request has all of them."""
