@@ -77,8 +77,24 @@ class _Snapshot(Collector):
             CounterMetricFamily("pd_handoffs", "Hand-offs by outcome.", labels=["outcome"]),
             figures.get("handoffs", {}),
         )
+        for name, key, text in _COUNTERS:
+            yield CounterMetricFamily(name, text, value=figures.get(key, 0))
+        yield _labelled(
+            GaugeMetricFamily(
+                "pd_scheduler_loop_lag_seconds", "Lateness of the scheduler's loop, last minute.", labels=["quantile"]
+            ),
+            figures.get("loop_lag", {}),
+        )
         yield _histogram("pd_time_to_first_token_seconds", "From the request's arrival.", self._latencies.first_token)
         yield _histogram("pd_inter_token_latency_seconds", "Between tokens of one output.", self._latencies.inter_token)
+
+
+#: (metric, the scheduler's name for it, help)
+_COUNTERS = (
+    ("pd_retractions", "retractions", "Requests taken out of the batch for want of memory."),
+    ("pd_steps", "steps", "Steps that the runner has done."),
+    ("pd_late_tokens", "late_tokens", "Tokens dropped because their request had left."),
+)
 
 
 def _labelled(family: Any, values: Mapping[str, float]) -> Metric:

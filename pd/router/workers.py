@@ -128,7 +128,7 @@ class Worker:
             self._learn(info, now)
         if self.health is not Health.HEALTHY:
             self.health = Health.HEALTHY
-            log.info("worker_healthy", worker=self.url, pool=self.pool, role=self.role, control=self.control_endpoint)
+            log.info("worker_healthy", worker=self.url, pool=self.pool, serves=self.role, control=self.control_endpoint)
             if not self.accepting and self.state is InstanceState.READY:
                 why = "has no control endpoint" if self.pool == "prefill" else f"is a {self.role} instance"
                 log.error("worker_cannot_do_its_pool_work", worker=self.url, pool=self.pool, problem=why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,7 @@ class Stats:
     steps: int = 0
     compute_us: int = 0
     late_tokens: int = 0  # dropped: of finished, cancelled or retracted requests
+    lags: deque[float] = field(default_factory=lambda: deque(maxlen=1200))  # of the last minute's ticks, seconds
 
 
 class Core:

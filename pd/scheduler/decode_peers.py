@@ -176,7 +176,7 @@ class DecodePeers:
         sender.session, sender.endpoint = welcome.session, peer.endpoint
         self._sessions[welcome.session] = peer
         self.out.append(
-            Log("prefill_up", (("endpoint", endpoint), ("instance", sender.instance), ("session", welcome.session)))
+            Log("prefill_up", (("endpoint", endpoint), ("peer", sender.instance), ("session", welcome.session)))
         )
         return sender
 

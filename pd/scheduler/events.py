@@ -112,7 +112,10 @@ class PeerSaid:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
+    """`lag`: how much later than due the shell's loop came to it, seconds."""
+
     now: float
+    lag: float = 0.0
 
 
 Event: TypeAlias = (

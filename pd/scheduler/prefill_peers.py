@@ -181,7 +181,7 @@ class PrefillPeers:
             http=me.http,
         )
         self.out.append(WelcomePeer(session.conn, welcome))
-        self.out.append(Log("decode_up", (("instance", session.hello.instance), ("session", session.id))))
+        self.out.append(Log("decode_up", (("peer", session.hello.instance), ("session", session.id))))
 
     # --- ends ---
 
@@ -194,7 +194,7 @@ class PrefillPeers:
         for receiver in session.receivers:
             if id(receiver) not in wanted:
                 receiver.idle_since = now
-        self.out.append(Log("decode_down", (("instance", session.hello.instance), ("reason", reason))))
+        self.out.append(Log("decode_down", (("peer", session.hello.instance), ("reason", reason))))
 
     def dismiss(self, session: Session, field: str, reason: str) -> None:
         """Tell the other side that its session ends here: by an answer to its Hello, or by closing."""

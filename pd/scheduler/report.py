@@ -131,7 +131,13 @@ class Reporter:
             "compute_us": stats.compute_us,
             "late_tokens": stats.late_tokens,
             "retractions": core.batcher.retractions,
+            "loop_lag": self._lag(),
         }
+
+    def _lag(self) -> dict[str, float]:
+        """How late the scheduler's loop was over the last minute, seconds."""
+        lags = sorted(self.core.stats.lags) or [0.0]
+        return {"p50": lags[len(lags) // 2], "p99": lags[int(len(lags) * 0.99)], "max": lags[-1]}
 
     def _states(self) -> dict[str, int]:
         states = {state.value: 0 for state in State if state is not State.GONE}

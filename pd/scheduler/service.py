@@ -221,8 +221,10 @@ class Service:
 
     async def tick(self) -> None:
         while True:
+            due = self.clock() + TICK
             await asyncio.sleep(TICK)
-            self.apply(ev.Tick(self.clock()))
+            now = self.clock()
+            self.apply(ev.Tick(now, max(0.0, now - due)))
 
     def close(self) -> None:
         for task in self._tasks:

@@ -392,6 +392,7 @@ class Scheduler:
             if event.now >= self._drain_by:
                 self._exit(0, "drain bound passed")
             return
+        core.stats.lags.append(event.lag)
         flights, bound = core.batcher.inflight, self.settings.scheduler.step_timeout
         if flights and event.now - flights[0].at > bound:
             self._runner_died(ev.RunnerDied(event.now, f"step {flights[0].step} takes longer than {bound:g} s"))
