@@ -13,6 +13,7 @@ from pd.logs import get_logger
 from pd.router.client import ClientConnection
 from pd.router.http import Request, Response, error
 from pd.router.metrics import Exposition
+from pd.router.prompt import NOT_JSON
 from pd.router.proxy import Core
 from pd.router.upstream import fetch
 from pd.router.workers import Health, Worker
@@ -129,7 +130,7 @@ class Operations:
 def _models(body: bytes) -> list[dict[str, Any]]:
     try:
         data = msgspec.json.decode(body)["data"]
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (*NOT_JSON, KeyError, TypeError):
         return []
     return [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
 

@@ -29,6 +29,9 @@ class _Body(msgspec.Struct):
     input_ids: Any = None
 
 
+#: What msgspec raises for bytes that are no JSON of the wanted kind; the last one for nesting without end.
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _decoder = msgspec.json.Decoder(_Body)
 
 
@@ -36,7 +39,7 @@ def read_prompt(body: bytes) -> Prompt:
     """The prompt of a request body. A body that is no such JSON gives an empty one: the worker says what is wrong."""
     try:
         fields = _decoder.decode(body)
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return Prompt()
     if fields.messages is not None:
         return Prompt(text="\n".join(_content(message.content) for message in fields.messages))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from pd.abc import WorkerView
 from pd.config import RouteConfig
 from pd.errors import ConfigError
 from pd.logs import get_logger
+from pd.router.prompt import NOT_JSON
 from pd.router.upstream import ConnectionPool, fetch
 from pd.types import InstanceState, Load
 
@@ -30,6 +32,9 @@ _CHECK_SPACING = 0.1
 
 #: A view is rebuilt when it is this old, so that `load_age` is right; earlier whenever anything else in it changed.
 _VIEW_AGE = 0.25
+
+#: What may go into a header as a host name or address.
+_HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 
 
 class Health(enum.Enum):
@@ -145,7 +150,7 @@ class Worker:
         self._view = None
         self.role = str(info.get("role") or self.pool)
         state = info.get("state")
-        self.state = InstanceState(state) if state in {s.value for s in InstanceState} else InstanceState.READY
+        self.state = next((known for known in InstanceState if known.value == state), InstanceState.READY)
         load = _load(info.get("load"))
         if load is not None:
             self.load, self.load_at = load, now
@@ -164,14 +169,14 @@ def _load(raw: Any) -> Load | None:
 
 def _control_endpoint(endpoint: str, address: Address) -> str:
     """What the worker says, with the port that the user gave, and with the URL's host in place of a wildcard."""
-    parts = urlsplit(endpoint)
     try:
+        parts = urlsplit(endpoint)
         host, port = parts.hostname or "", address.control_port or parts.port
     except ValueError:
         host, port = "", address.control_port
     if not port:
         return ""
-    if host in ("", "0.0.0.0", "::", "*"):
+    if host in ("", "0.0.0.0", "::", "*") or not _HOST.fullmatch(host):
         host = address.host
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
@@ -259,7 +264,7 @@ class Fleet:
             return {}
         try:
             info = msgspec.json.decode(answer.body)
-        except msgspec.DecodeError:
+        except NOT_JSON:
             return {}
         return info if isinstance(info, dict) else {}
 

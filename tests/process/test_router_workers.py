@@ -148,6 +148,8 @@ def test_a_worker_of_the_wrong_kind_is_not_routed_to(run_async: Run) -> None:
         ("tcp://[::]:8998", 0, "tcp://127.0.0.1:8998"),
         ("tcp://[fe80::1]:8998", 0, "tcp://[fe80::1]:8998"),
         ("", 7000, "tcp://127.0.0.1:7000"),
+        ("tcp://[nonsense:1", 7000, "tcp://127.0.0.1:7000"),
+        ("tcp://h\u00f6st,evil:1", 0, "tcp://127.0.0.1:1"),
         ("", 0, None),
     ],
 )
@@ -287,5 +289,27 @@ def test_a_pools_own_policy_wins_and_an_unknown_one_is_refused_by_name(run_async
                 (leaf,) = leaf.exceptions
             assert isinstance(leaf, ConfigError) and leaf.field == "--decode-policy"
             assert "alpha, beta, random" in str(leaf) and "pip install pd-policies" in str(leaf)
+
+    run_async(main())
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"\xff", b'{"role": "\xff"}', b"[1]", b"[" * 100_000, b'{"state": [], "load": 1}']
+)
+def test_a_worker_that_says_nonsense_of_itself_harms_nobody(run_async: Run, nonsense: bytes) -> None:
+    async def main() -> None:
+        class Odd(FakeWorker):
+            async def handle(self, call: Call) -> None:
+                if call.target in ("/server_info", "/v1/models"):
+                    call.answer(200, nonsense)
+                else:
+                    await super().handle(call)
+
+        odd, good = Odd(), FakeWorker()
+        async with workers(odd, good), routing([odd, good]) as gate:
+            assert (await gate.post()).status == 200
+            assert [m["id"] for m in (await gate.get("/v1/models")).json["data"]] == ["tiny"]
+            checks = odd.checks
+            await eventually(lambda: odd.checks > checks + 1)
 
     run_async(main())
