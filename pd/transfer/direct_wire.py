@@ -41,6 +41,14 @@ PAYLOAD_LIMIT = MAX_SPANS * 40
 
 OK, REFUSED = 0, 1  # ACK status
 
+#: A host that vanished is noticed within about 10 s, whether or not data was on its way.
+TCP_LIVENESS = (
+    (socket.TCP_KEEPIDLE, 3),
+    (socket.TCP_KEEPINTVL, 2),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 10_000),
+)
+
 #: Descriptors that one message may carry.
 FDS = 64
 
@@ -181,7 +189,7 @@ class Link:
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 3), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
+            for option, value in TCP_LIVENESS:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.sock = sock
         self.closed = False
