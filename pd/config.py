@@ -102,6 +102,12 @@ class SchedulerConfig:
     local_prefill_tokens: int = setting(
         512, "local prefill tokens per step on a decode instance", unit="tokens", at_least=1
     )
+    local_prefill_queue: int = setting(
+        65536,
+        "local prefill tokens that may be pending on a decode instance; beyond, requests get 503",
+        unit="tokens",
+        at_least=1,
+    )
     reserve_blocks: int = setting(
         1, "growth blocks per running request that are never granted", readme=False, at_least=0
     )

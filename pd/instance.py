@@ -86,7 +86,10 @@ class _Children:
 
 
 async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready) -> int:
-    """Run one instance until `stop` is set (0) or a child dies (1). `ready` gets its addresses when it takes requests."""
+    """Run one instance until `stop` is set (0) or a child dies (1).
+
+    `ready` gets its addresses once it takes requests.
+    """
     log = structlog.get_logger()
     host = control_host(config)
     name = config.name or f"{socket.gethostname()}:{config.http.port or os.getpid()}"

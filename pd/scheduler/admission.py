@@ -98,20 +98,30 @@ class Admission:
             request.blocks, request.inserted = [], 0
         return verdict
 
+    def _here(self, request: Request, lacks: int) -> str | None:
+        """A decode instance computes a prompt itself, unless too much of that is pending: 503 then."""
+        core, limit = self.core, self.core.settings.scheduler.local_prefill_queue
+        pending = sum(r.known - r.ordered for r in core.batcher.prefilling)
+        if pending and pending + lacks > limit:
+            message = f"no prefill instance, and {pending} prompt tokens wait for local prefill already"
+            core.fail(request, message, 503)
+            return None
+        return ""
+
     def _where(self, request: Request, lacks: int, now: float) -> str | None:
         """ "" for here, a prefill's endpoint, or None to wait. Ends the request when nobody may compute it."""
         settings = self.core.settings
         if self.decode is None or settings.role is Role.UNIFIED:
             return ""
         if request.room < 0 and lacks <= settings.short_prefill:
-            return ""
+            return self._here(request, lacks)
         candidates = [p for p in request.prefills if p not in request.tried]
         endpoint, reason = self.decode.choose(now, candidates, request.known)
         if endpoint is None and reason:
             if settings.fallback:
                 if candidates:
                     self.core.log("local_prefill", rid=request.rid, reason=reason)
-                return ""
+                return self._here(request, lacks)
             if not request.prefills:
                 reason = "the request names none, and local prefill is off"
             elif not candidates:

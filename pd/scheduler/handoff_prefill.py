@@ -67,8 +67,11 @@ class PrefillHandoffs:
 
     @property
     def quiet(self) -> bool:
-        """Nothing computes and no write is in flight; a draining instance waits for this."""
-        return all(h.state is PrefillState.LANDED for h in self._open.values())
+        """No hand-off is open: nothing computes, no write is in flight, every Landed was acknowledged.
+
+        A draining instance waits for this: its Landed would be lost with it.
+        """
+        return not self._open
 
     @property
     def outcomes(self) -> dict[str, int]:

@@ -17,13 +17,14 @@ from typing import Any
 import zmq
 
 from pd import messages as m
+from pd.config import ControlConfig
 from pd.errors import ChannelClosed, ChannelFull, ProtocolError
 from pd.ipc.channel import Channel, Router
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Monitor, Sockets
 from pd.scheduler import events as ev
 
-#: How long a decode instance may take from Welcome to its connection, seconds.
+#: How long a decode instance may take from Welcome to its connection at most, seconds.
 ATTACH_TIMEOUT = 10.0
 
 _OPENING: Codec[m.Opening] = Codec(m.Opening)
@@ -77,9 +78,10 @@ class _Session:
 class Links:
     """All sessions of one scheduler. Events go to `emit`; sends never block and never raise."""
 
-    def __init__(self, sockets: Sockets, emit: Emit, spawn: Spawn, heartbeat: float, host: str) -> None:
+    def __init__(self, sockets: Sockets, emit: Emit, spawn: Spawn, control: ControlConfig, host: str) -> None:
         self.sockets, self.emit, self.spawn, self.host = sockets, emit, spawn, host
-        self.options = LinkOptions(heartbeat=heartbeat, reconnect=False, linger=0.5)
+        self.options = LinkOptions(heartbeat=control.link_heartbeat, reconnect=False, linger=0.5)
+        self.attach_timeout = min(ATTACH_TIMEOUT, control.bootstrap_timeout)
         self._clock = asyncio.get_running_loop().time
         self._sessions: dict[int, _Session] = {}
         self._conns: dict[int, bytes] = {}
@@ -116,7 +118,7 @@ class Links:
         session = self._add(welcome.session, Channel(link, _ENVELOPE, _ENVELOPE, f"session {welcome.session}"))
         welcome.endpoint = link.endpoint
         self._answer(conn, welcome)
-        session.task = self.spawn(self._run(session, ATTACH_TIMEOUT), session.channel.name)
+        session.task = self.spawn(self._run(session, self.attach_timeout), session.channel.name)
 
     def refuse(self, conn: int, unwelcome: m.Unwelcome) -> None:
         self._answer(conn, unwelcome)

@@ -18,6 +18,7 @@ from pd.errors import ChannelClosed, ChannelFull, ProtocolError
 from pd.ipc.channel import Channel, Router
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Sockets
+from pd.plugins import load_plugins
 from pd.scheduler import actions as ac
 from pd.scheduler import events as ev
 from pd.scheduler.core import SchedulerSettings
@@ -83,7 +84,7 @@ class Service:
             Codec(m.TransferEvent),
         )
         control = config.settings.control
-        self.links = Links(self.sockets, self.apply, self.spawn, control.link_heartbeat, config.control_host)
+        self.links = Links(self.sockets, self.apply, self.spawn, control, config.control_host)
         self._workers: set[bytes] = set()
         self._info: m.InstanceInfo | None = None
         self.endpoint = ""
@@ -248,9 +249,12 @@ async def main(config: SchedulerProcessConfig, context: ChildContext) -> int:
         service.spawn(service.watch_runner(), "runner watch")
         service.spawn(service.tick(), "tick")
         service.spawn(_drain_on_stop(service, config, context), "drain")
+        plugins = load_plugins()
+        plugins.process_started("scheduler", config)
         context.report_ready({"control_endpoint": service.endpoint})
         code, reason = await service.exit
         service.log.info("scheduler_exit", code=code, reason=reason)
+        plugins.process_stopping("scheduler")
         await asyncio.sleep(LAST_WORDS)
         service.close()
     return code

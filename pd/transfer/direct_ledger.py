@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,9 @@ from pd.transfer.digest import CHUNK, RUN, WORD
 
 #: Regions are laid out this far apart on one line, so that one search finds a range of any of them.
 REGION_STRIDE = 1 << 48
+
+#: How many revoked grants are remembered, so that a late post of theirs is refused at once.
+REMEMBERED = 4096
 
 #: Bytes copied in one call, which bounds how long a grant's lock is held, where nothing is digested.
 COPY = 1 << 22
@@ -73,10 +77,11 @@ class Ledger:
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.sizes = sizes_of(regions)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._grants: dict[tuple[str, int], Grant] = {}
         self._applied: dict[tuple[str, int], list[U64]] = {}
         self._expelled: set[str] = set()
+        self._ended: OrderedDict[tuple[str, int], None] = OrderedDict()  # revoked: nobody waits for their grant
 
     def grant(self, tag: int, spans: Spans, sender: str) -> None:
         """Let `sender` write the local columns of `spans` under `tag`, besides what it has. Raises TransferError."""
@@ -96,15 +101,29 @@ class Ledger:
             else:
                 had = old.ranges
                 old.ranges = _merge(np.concatenate([had[0], starts]), np.concatenate([had[1], ends]))
+            self._lock.notify_all()
 
-    def find(self, sender: str, tag: int) -> Grant | None:
+    def find(self, sender: str, tag: int, patience: float = 0.0) -> Grant | None:
+        """The grant, if there is one within `patience` seconds.
+
+        A fast sender can be here before the order that grants: the engine thread may be busy with another hand-off.
+        One that was revoked, or whose sender is expelled, is not waited for.
+        """
+        key = (sender, tag)
         with self._lock:
-            return self._grants.get((sender, tag))
+            self._lock.wait_for(
+                lambda: key in self._grants or key in self._ended or sender in self._expelled, timeout=patience
+            )
+            return self._grants.get(key)
 
     def revoke(self, tag: int, sender: str, timeout: float) -> bool:
         """True when nothing with this tag can land any more; False if a copy did not end within `timeout` seconds."""
         with self._lock:
             grant = self._grants.get((sender, tag))
+            self._ended[sender, tag] = None
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
+            self._lock.notify_all()
         if grant is None:
             return True
         grant.live = False
@@ -121,6 +140,7 @@ class Ledger:
         deadline = time.monotonic() + timeout
         with self._lock:
             self._expelled.add(sender)
+            self._lock.notify_all()
             tags = [tag for who, tag in self._grants if who == sender]
             for tag in tags:
                 self._grants[sender, tag].live = False

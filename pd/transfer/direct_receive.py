@@ -37,6 +37,9 @@ from pd.transfer.direct_wire import (
     server_mac,
 )
 
+#: Seconds that a post waits for the order that grants it; it holds up this connection only.
+GRANT_PATIENCE = 1.0
+
 
 @dataclass(frozen=True)
 class Receiver:
@@ -188,7 +191,7 @@ class Incoming:
             return "outside the sender's regions", None
         if not within(spans[:, 2], spans[:, 3], spans[:, 4], self._shared.ledger.sizes):
             return "outside the receiver's regions", None
-        grant = self._shared.ledger.find(self.sender, tag)
+        grant = self._shared.ledger.find(self.sender, tag, GRANT_PATIENCE)
         local = spans.astype(np.int64)
         if grant is None or not grant.live or not grant.covers(local[:, 2], local[:, 3], local[:, 4]):
             return "not granted", None

@@ -95,7 +95,7 @@ class Receiving:
             quiet = self._backend.revoke(command.tag, command.sender)
             if quiet and self._backend.capabilities.returns_digests:
                 self._backend.take_digests(command.tag, command.sender)
-        if quiet:
+        if quiet or command.over:
             self._forget(command.tag, command.sender)
         return TransferRevoked(command.tag, quiet, command.sender, self._rank)
 

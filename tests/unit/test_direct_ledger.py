@@ -1,6 +1,7 @@
 """What may land: grants, cuts at block boundaries, and the copy loop that looks at the epoch and the grant."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +108,25 @@ def test_an_expelled_sender_has_no_grants_gets_none_and_leaves_no_digests():
     assert not len(ledger.take(1, "P"))
     with pytest.raises(TransferError, match="expelled"):
         ledger.grant(2, local((0, 64)), "P")
+
+
+def test_a_post_that_is_here_before_its_grant_waits_for_it():
+    ledger = Ledger([region()])
+    found = []
+    thread = threading.Thread(target=lambda: found.append(ledger.find("P", 7, patience=20.0)))
+    thread.start()
+    ledger.grant(7, local((0, 64)), "P")
+    thread.join(20)
+    assert found == [ledger.find("P", 7)] and found[0] is not None
+
+
+@pytest.mark.parametrize("end", [lambda ledger: ledger.revoke(7, "P", 1.0), lambda ledger: ledger.expel("P", 1.0)])
+def test_a_post_whose_grant_was_taken_back_does_not_wait(end):
+    ledger = Ledger([region()])
+    end(ledger)
+    began = time.monotonic()
+    assert ledger.find("P", 7, patience=20.0) is None
+    assert time.monotonic() - began < 10
 
 
 def test_a_tag_that_is_granted_again_after_a_revoke_starts_clean():

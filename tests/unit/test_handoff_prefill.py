@@ -131,9 +131,10 @@ def test_an_accepted_prompt_is_pushed_and_landed_when_the_last_write_is_done() -
     p.pushed(first)
     (landed,) = p.sent()
     assert landed == m.Landed(id, 0, landed.digests_u64, 128) and len(landed.digests_u64) == 24
-    assert p.notices == [SourceFree(id)] and p.machine.quiet
+    assert p.notices == [SourceFree(id)]
+    assert not p.machine.quiet, "the decode instance has not acknowledged"
     p.said(session, m.LandedAck(id))
-    assert p.machine.audit() == {} and p.machine.outcomes == {"landed": 1}
+    assert p.machine.quiet and p.machine.audit() == {} and p.machine.outcomes == {"landed": 1}
 
 
 def test_landed_waits_for_blocks_that_were_not_pushed_yet() -> None:
