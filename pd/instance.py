@@ -266,7 +266,22 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
         for task in (*waits, exits):
             task.cancel()
     api = waits[1].result()
+    await _healthy(api["host"], api["port"])
     return api["host"], api["port"]
+
+
+async def _healthy(host: str, port: int) -> None:
+    """Until the api says so itself: its processes are up, but the scheduler's word may still be on its way to it."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    async with asyncio.timeout(START_TIMEOUT):
+        while True:
+            reader, writer = await asyncio.open_connection(address, port)
+            writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+            status = await reader.readline()
+            writer.close()
+            if b" 200 " in status:
+                return
+            await asyncio.sleep(0.02)
 
 
 async def _after_death(children: _Children, dead: Child) -> int:
