@@ -213,6 +213,7 @@ class Exchange:
         if b"x-request-id" not in names:
             framing += ((b"x-request-id", request.request_id),)
         self.status = connection.status
+        request.body = b""  # no replay from here on
         stats.first_byte.observe(self.client.loop.time() - request.started)
         self.client.write(relay_head(connection.status, connection.headers, framing=framing, close=self.close))
         if self.client.paused:

@@ -182,11 +182,12 @@ def test_a_flood_of_pipelined_requests_is_held_back_and_refused_beyond_a_limit(r
             patient = await gate.client()
             patient.post()
             await eventually(lambda: decode.calls)
-            for _ in range(64):  # unread by the router beyond its backlog: the sender is held back
-                patient.send(b"GET /health HTTP/1.1\r\nx: " + b"y" * 16_000 + b"\r\n\r\n")
-            await asyncio.sleep(0.2)
+            for _ in range(1000):  # unread by the router beyond its backlog: the sender is held back
+                patient.send(b"GET /health HTTP/1.1\r\nx: " + b"y" * 32_000 + b"\r\n\r\n")
+            await asyncio.sleep(0.5)
+            assert patient.writer.transport.get_write_buffer_size() > 16_000_000  # of 32, the rest is in the kernel
             go.set()
-            assert [(await patient.answer()).status for _ in range(65)] == [200] * 65
+            assert [(await patient.answer()).status for _ in range(1001)] == [200] * 1001
             go.clear()
             greedy = await gate.client()
             greedy.post()

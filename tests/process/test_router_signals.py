@@ -101,6 +101,18 @@ def test_sigterm_stops_accepting_and_lets_running_answers_end(run_async: Run) ->
 
 
 @pytest.mark.process
+def test_an_idle_router_stops_at_once(run_async: Run) -> None:
+    async def main() -> None:
+        decode = FakeWorker()
+        async with workers(decode), route("--decode", decode.url) as (process, _):
+            process.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(5):
+                assert await process.process.wait() == 0
+
+    run_async(main(), 40.0)
+
+
+@pytest.mark.process
 def test_the_drain_is_bounded_and_a_second_signal_does_not_wait_for_it(run_async: Run) -> None:
     async def main() -> None:
         decode = FakeWorker(script=one_then_wait)
@@ -129,7 +141,7 @@ def test_as_a_child_it_reports_its_address_and_stops_when_asked(run_async: Run) 
     async def main() -> None:
         decode = FakeWorker()
         async with workers(decode):
-            config = RouteConfig(decode=(decode.url,), policy="random", http=HttpConfig(port=0))
+            config = RouteConfig(decode=(decode.url,), http=HttpConfig(port=0))
             child = await Child.start(
                 ChildSpec("router", "pd.router.service:main", config, log=LogConfig(log_format="json"))
             )
@@ -138,6 +150,9 @@ def test_as_a_child_it_reports_its_address_and_stops_when_asked(run_async: Run) 
                 client = await connect(address["port"])
                 client.post()
                 assert (await client.answer()).status == 200
+                client.send(b"GET /server_info HTTP/1.1\r\nhost: r\r\n\r\n")
+                policies = (await client.answer()).json["policies"]
+                assert policies == {"prefill": "cache_aware", "decode": "power_of_two"}  # pd-policies is installed
                 client.close()
             finally:
                 assert await child.terminate(10.0) == 0
