@@ -352,7 +352,7 @@ async def routing(
         decode=tuple(worker.url for worker in decode),
         http=HttpConfig(port=0, drain_timeout=drain_timeout),
         log=LogConfig(log_level="error"),
-        **{"health_interval": 0.1, "health_timeout": 0.5, **settings},
+        **{"health_interval": 0.1, "health_timeout": 2.0, **settings},
     )
     table = policies if policies is not None else {"random": Entry(first)}
     async with asyncio.TaskGroup() as group:

@@ -58,7 +58,7 @@ def _prompt(value: Any) -> Prompt:
         if isinstance(first, str):
             return Prompt(text=first)
         ids = first if isinstance(first, list) else value
-        if all(type(token) is int for token in ids):
+        if set(map(type, ids)) <= {int}:  # bool is no token
             return Prompt(token_ids=ids)
     return Prompt()
 
