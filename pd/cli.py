@@ -71,6 +71,7 @@ def _main(argv: list[str]) -> int:
         print(f"pd {__version__}")
         return 0
     plugins = load_plugins()
+    plugins.check()
     parser, commands = _parser(plugins, argv)
     namespace, extras = parser.parse_known_args(argv)
     chosen = commands.get(getattr(namespace, "command", None) or "", parser)

@@ -89,6 +89,7 @@ def load_plugins(entry_points: Iterable[metadata.EntryPoint] | None = None) -> P
     sources = [_source(entry) for entry in found]
     if entry_points is None and not any(source.distribution == DISTRIBUTION for source in sources):
         sources = [_Source(metadata.EntryPoint(name, value, GROUP)) for name, value in BUILT_IN.items()] + sources
+    sources.sort(key=lambda source: source.distribution not in ("", DISTRIBUTION))  # who takes pd's names is at fault
     manager = pluggy.PluginManager("pd")
     manager.add_hookspecs(hookspecs)
     loaded: dict[str, _Source] = {}
@@ -124,6 +125,10 @@ class Plugins:
     def commands(self) -> dict[str, CommandEntry]:
         """Extra subcommands of `pd` by name."""
         return {name: entry for name, (entry, _) in self._commands.items()}
+
+    def check(self) -> None:
+        """Ask every plugin for all that it registers. Raises PluginError."""
+        _ = self._backends, self._policies, self._models, self._commands
 
     def process_started(self, role: str, config: Any) -> None:
         """Tell the observers; one that fails stops the start-up: raises PluginError."""

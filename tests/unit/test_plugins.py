@@ -145,6 +145,14 @@ def test_two_plugins_cannot_register_the_same_name(make: Make) -> None:
     assert caught.value.plugin == "two"
 
 
+def test_a_check_finds_what_is_wrong_with_any_registration_before_it_is_needed(make: Make) -> None:
+    load_plugins([make("one", backend("fast"))]).check()
+    for hook in ("transfer_backends", "routing_policies", "models", "cli"):
+        source = f"from pd import hookimpl\n@hookimpl\ndef pd_register_{hook}(register):\n    register()\n"
+        with pytest.raises(PluginError, match=f"faulty: pd_register_{hook}"):
+            load_plugins([make("faulty", source)]).check()
+
+
 def test_two_plugins_cannot_have_the_same_name_and_one_cannot_have_two(make: Make) -> None:
     one = make("one", backend("a"))
     with pytest.raises(PluginError, match="two plugins have this name"):

@@ -1,0 +1,1 @@
+"""A transfer backend and a routing policy for pd. `pd_example.plugin` registers them."""

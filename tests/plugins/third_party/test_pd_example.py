@@ -1,0 +1,22 @@
+"""What pd asks of a backend and of a policy. Each suite is in pd; here is only how to make what it tests."""
+
+from pd_example.sticky import Sticky
+
+from pd.abc import PolicyContext, RoutingPolicy
+from pd.testing import PolicySuite, TransferConformance
+
+
+class TestMemfd(TransferConformance):
+    factory = "pd_example.plugin:make_memfd"
+
+
+class TestSticky(PolicySuite):
+    def make(self, context: PolicyContext) -> RoutingPolicy:
+        return Sticky(context)
+
+    def test_the_same_beginning_goes_to_the_same_worker(self) -> None:
+        from pd.testing.policy import request, worker
+
+        policy, workers = self.policy(), [worker(name, busy) for busy, name in enumerate("abcd")]
+        first = policy.choose(request(1, "x" * 300), workers)
+        assert policy.choose(request(2, "x" * 256 + "another end"), workers[::-1]) is first
