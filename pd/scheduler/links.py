@@ -27,6 +27,8 @@ from pd.scheduler import events as ev
 #: How long a decode instance may take from Welcome to its connection at most, seconds.
 ATTACH_TIMEOUT = 10.0
 
+WILDCARDS = ("0.0.0.0", "*", "::")
+
 _OPENING: Codec[m.Opening] = Codec(m.Opening)
 _ENVELOPE: Codec[m.Envelope] = Codec(m.Envelope)
 _MESSAGE: Codec[m.PeerMessage] = Codec(m.PeerMessage)
@@ -56,12 +58,16 @@ def is_local(host: str) -> bool:
     return False
 
 
-def dial_address(endpoint: str) -> str:
-    """Where to dial: an address of this host, or a wildcard, is dialled as loopback."""
+def dial_addresses(endpoint: str) -> list[str]:
+    """Where to dial, in order. A wildcard is dialled as loopback, and so is an address of this host that refuses:
+
+    control planes listen on loopback only, unless they have a secret.
+    """
     host, port = split_endpoint(endpoint)
-    if host in ("0.0.0.0", "*", "::", "localhost") or is_local(host):
-        return join_endpoint("127.0.0.1", port)
-    return endpoint
+    loopback = join_endpoint("127.0.0.1", port)
+    if host in (*WILDCARDS, "localhost"):
+        return [loopback]
+    return [endpoint, loopback] if is_local(host) and endpoint != loopback else [endpoint]
 
 
 @dataclass
@@ -145,24 +151,14 @@ class Links:
         self.emit(event)
 
     async def _introduce(self, endpoint: str, hello: m.Hello) -> ev.SessionUp | ev.SessionRefused:
-        address = dial_address(endpoint)
-        link = self.sockets.dial(zmq.DEALER, address, self.options, monitored=True)
-        channel: Channel[m.Opening, m.Opening] = Channel(link, _OPENING, _OPENING, f"hello to {endpoint}")
-        assert link.monitor is not None
-        try:
-            channel.send_nowait(hello)
-            answer = asyncio.ensure_future(channel.recv())
-            lost = asyncio.ensure_future(_lost(link.monitor))
-            try:
-                await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
-                if not answer.done():
-                    return ev.SessionRefused(self._clock(), endpoint, lost.result())
-                reply = answer.result()
-            finally:
-                answer.cancel()
-                lost.cancel()
-        finally:
-            channel.close()
+        lost = ""
+        for address in dial_addresses(endpoint):
+            reply = await self._say_hello(address, hello)
+            if not isinstance(reply, str):
+                break
+            lost = lost or reply
+        else:
+            return ev.SessionRefused(self._clock(), endpoint, lost)
         if isinstance(reply, m.Unwelcome):
             permanent = reply.field != "state"
             return ev.SessionRefused(self._clock(), endpoint, f"{reply.field}: {reply.problem}", permanent)
@@ -170,12 +166,30 @@ class Links:
             return ev.SessionRefused(self._clock(), endpoint, "answered a Hello with a Hello")
         return await self._attach(endpoint, address, reply)
 
+    async def _say_hello(self, address: str, hello: m.Hello) -> m.Opening | str:
+        """The answer, or why there is no connection."""
+        link = self.sockets.dial(zmq.DEALER, address, self.options, monitored=True)
+        channel: Channel[m.Opening, m.Opening] = Channel(link, _OPENING, _OPENING, f"hello to {address}")
+        assert link.monitor is not None
+        try:
+            channel.send_nowait(hello)
+            answer = asyncio.ensure_future(channel.recv())
+            lost = asyncio.ensure_future(_lost(link.monitor))
+            try:
+                await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+                return answer.result() if answer.done() else lost.result()
+            finally:
+                answer.cancel()
+                lost.cancel()
+        finally:
+            channel.close()
+
     async def _attach(self, endpoint: str, address: str, welcome: m.Welcome) -> ev.SessionUp | ev.SessionRefused:
         """Connect to the session's own socket; only then is the session up."""
         host, port = split_endpoint(welcome.endpoint)
-        if host in ("0.0.0.0", "*", "::"):
+        if host in WILDCARDS:
             host = split_endpoint(address)[0]
-        link = self.sockets.dial(zmq.PAIR, dial_address(join_endpoint(host, port)), self.options, monitored=True)
+        link = self.sockets.dial(zmq.PAIR, join_endpoint(host, port), self.options, monitored=True)
         assert link.monitor is not None
         try:
             event = await link.monitor.next()
