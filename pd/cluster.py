@@ -37,7 +37,10 @@ def run(config: UpConfig) -> int:
     check(config.serve, load_plugins())
     if not config.unified and not config.decode:
         raise ConfigError("--decode", "a cluster needs at least one decode or unified instance")
-    return run_until_signalled(lambda stop: up(config, stop, _greet))
+    try:
+        return run_until_signalled(lambda stop: up(config, stop, _greet))
+    except ProcessError as error:
+        raise error.wrong_setting() or error from error
 
 
 def resolve_model(config: UpConfig) -> UpConfig:

@@ -59,11 +59,16 @@ class ProtocolError(PdError):
 
 
 class ProcessError(PdError):
-    """A child process died or did not report ready within its bound."""
+    """A child process died or did not report ready within its bound. `reason` is what it said itself, if it did."""
 
-    def __init__(self, name: str, problem: str, exit_code: int | None = None) -> None:
-        self.name, self.problem, self.exit_code = name, problem, exit_code
+    def __init__(self, name: str, problem: str, exit_code: int | None = None, reason: str = "") -> None:
+        self.name, self.problem, self.exit_code, self.reason = name, problem, exit_code, reason
         super().__init__(f"{name}: {problem}" + ("" if exit_code is None else f" (exit code {exit_code})"))
+
+    def wrong_setting(self) -> ConfigError | None:
+        """The child's ConfigError, if that is why it ended: a process exits 2 for a setting only."""
+        field, colon, problem = self.reason.partition(": ")
+        return ConfigError(field, problem) if self.exit_code == 2 and colon else None
 
 
 class BackendUnavailable(PdError):

@@ -25,7 +25,7 @@ import structlog
 from pd.api.service import ApiConfig
 from pd.child import ChildContext
 from pd.config import ServeConfig
-from pd.errors import ConfigError, ProcessError
+from pd.errors import ProcessError
 from pd.logs import configure
 from pd.models.info import check_model
 from pd.plugins import Plugins, load_plugins
@@ -98,7 +98,10 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
     log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
     async with AsyncExitStack() as resources:
         resources.callback(shutil.rmtree, plan.folder, ignore_errors=True)
-        children = await _start(plan, resources, stop)
+        try:
+            children = await _start(plan, resources, stop)
+        except ProcessError as error:
+            raise error.wrong_setting() or error from error
         if children is None:
             return 0
         addresses = plan.addresses
@@ -237,10 +240,6 @@ async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) ->
         if not up.done():
             return None
         plan.http = up.result()
-    except ProcessError as error:
-        if error.name == "api" and error.exit_code == 2:
-            raise ConfigError("--port", str(error)) from error
-        raise
     finally:
         stopped.cancel()
         up.cancel()
@@ -259,6 +258,11 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
                     wait.result()
             if exits.done():
                 child = exits.result()
+                if child is children.scheduler:  # it ends when the runner does, whose own word is the one to tell
+                    await asyncio.wait(waits, timeout=EXIT_TIMEOUT, return_when=asyncio.FIRST_EXCEPTION)
+                    for wait in waits:
+                        if wait.done():
+                            wait.result()
                 raise ProcessError(child.name, f"died during start-up ({child.describe_exit()})", child.exited.result())
             if waits and all(wait.done() for wait in waits):
                 break

@@ -100,7 +100,8 @@ class Child:
             return self._ready
         if not self.exited.done():
             raise ProcessError(self.name, f"not ready within {timeout:g} s{self._explanation()}")
-        raise ProcessError(self.name, f"exited before it was ready{self._explanation()}", self.exited.result())
+        problem = f"exited before it was ready{self._explanation()}"
+        raise ProcessError(self.name, problem, self.exited.result(), self.failure or "")
 
     async def wait(self) -> int:
         """The exit code. Cancelling the wait does not touch the child."""

@@ -14,7 +14,7 @@ import zmq
 
 from pd import messages as m
 from pd.config import LogConfig
-from pd.errors import ChannelClosed, ChannelFull, ProtocolError
+from pd.errors import ChannelClosed, ChannelFull, ConfigError, ProtocolError
 from pd.ipc.channel import Channel, Router
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Sockets
@@ -89,9 +89,17 @@ class Service:
         self._info: m.InstanceInfo | None = None
         self.endpoint = ""
         if config.settings.role is Role.PREFILL:
-            self.endpoint = self.links.listen(control.control_port)
+            self.endpoint = self._listen(control.control_port)
         settings = SchedulerSettings(**{**vars(config.settings), "control_endpoint": self.endpoint})
         self.scheduler = Scheduler(settings)
+
+    def _listen(self, port: int) -> str:
+        try:
+            return self.links.listen(port)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                "--control-port", f"cannot listen on {self.config.control_host}:{port}: {error.strerror}"
+            ) from error
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Start a coroutine that ends with the service; its failure ends the process."""
