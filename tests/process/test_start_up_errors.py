@@ -1,0 +1,47 @@
+"""What only a child process finds wrong with a setting is said like any other mistake: one line, exit code 2."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from oracle import tiny_model
+from up_kit import run
+
+pytestmark = pytest.mark.process
+
+PD = [sys.executable, "-m", "pd"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_model(tmp_path_factory.mktemp("models"), tokenizer=True)
+
+
+def said(words: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and the last line, which is for the user; the others are logs."""
+    root = Path(__file__).parents[2]
+    code, out, err = run([*PD, *words], folder, {"PYTHONPATH": str(root)})
+    assert out == "" and "Traceback" not in err, err
+    return code, err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["serve", "up"])
+def test_a_pool_that_does_not_fit(model: str, tmp_path: Path, command: str) -> None:
+    code, line = said([command, model, "--port", "0", "--max-total-tokens", "999999999999"], tmp_path)
+    assert line.startswith("pd: --max-total-tokens: 999999999999 tokens need ") and code == 2
+
+
+@pytest.mark.parametrize(("flag", "more"), [("--port", ()), ("--control-port", ("--port", "0"))])
+def test_a_port_that_is_taken(model: str, tmp_path: Path, flag: str, more: tuple[str, ...]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        control = () if flag == "--control-port" else ("--control-port", "0")
+        small = ("--role", "prefill", "--max-total-tokens", "1024")
+        code, line = said(["serve", model, flag, port, *more, *control, *small], tmp_path)
+    assert line.startswith(f"pd: {flag}: cannot listen on 127.0.0.1:{port}: ") and code == 2
+    assert "ddress already in use" in line
