@@ -18,7 +18,6 @@ from pd.config import RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, ProcessError
 from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check
 from pd.logs import configure
-from pd.models.info import builtin_model_path
 from pd.plugins import load_plugins
 from pd.process import Child, ChildSpec
 from pd.supervise import run_until_signalled
@@ -33,7 +32,6 @@ def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
-    config = resolve_model(config)
     check(config.serve, load_plugins())
     if not config.unified and not config.decode:
         raise ConfigError("--decode", "a cluster needs at least one decode or unified instance")
@@ -41,15 +39,6 @@ def run(config: UpConfig) -> int:
         return run_until_signalled(lambda stop: up(config, stop, _greet))
     except ProcessError as error:
         raise error.wrong_setting() or error from error
-
-
-def resolve_model(config: UpConfig) -> UpConfig:
-    """No model named means the built-in one."""
-    model = config.serve.model
-    if model.model:
-        return config
-    named = replace(model, model=str(builtin_model_path()), served_model_name=model.served_model_name or "builtin")
-    return replace(config, serve=replace(config.serve, model=named))
 
 
 def _greet(url: str) -> None:

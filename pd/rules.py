@@ -211,7 +211,8 @@ def _up(
 ) -> UpConfig:
     serve = config.serve
     if not serve.model.model:
-        serve = replace(serve, model=replace(serve.model, model=builtin_model()))
+        name = serve.model.served_model_name or "builtin"
+        serve = replace(serve, model=replace(serve.model, model=builtin_model(), served_model_name=name))
     if config.unified:
         for pool in ("prefill", "decode"):
             if (pool,) in given and getattr(config, pool):

@@ -28,11 +28,6 @@ _UNIMPORTANT = frozenset({"_name_or_path", "transformers_version"})
 _SAMPLES, _SAMPLE_BYTES = 64, 1024
 
 
-def builtin_model_path() -> str:
-    """Directory of the tiny model that ships with pd."""
-    return str(Path(__file__).resolve().parent.parent / "builtin_model")
-
-
 def check_model(
     path: str,
     *,

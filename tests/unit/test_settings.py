@@ -424,6 +424,8 @@ def test_up_without_a_model_serves_the_built_in_one(monkeypatch: pytest.MonkeyPa
         up("")
     (tmp_path / "builtin_model").mkdir()
     assert up("").serve.model.model == str(tmp_path / "builtin_model")
+    assert up("").serve.model.served_model_name == "builtin"
+    assert up("--served-model-name mine").serve.model.served_model_name == "mine"
     assert up("/m").serve.model.model == "/m"
 
 
