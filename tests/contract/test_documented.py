@@ -1,0 +1,117 @@
+"""What pd offers is in the README, by its exact name; what the README offers is there."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from pd import hookspecs
+from pd.abc import BackendContext, PolicyContext, RoutingPolicy, TransferBackend, WorkerView
+from pd.api.app import App
+from pd.api.metrics import Latencies, exposition
+from pd.config import RouteConfig
+from pd.plugins import Plugins, load_plugins
+from pd.router.metrics import Exposition, Stats
+from pd.router.operations import Operations
+from pd.router.service import PROXIED
+from pd.router.workers import Fleet
+from pd.settings import update_readme
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    assert text, title
+    return text
+
+
+def first_cells(text: str) -> list[str]:
+    """Everything in backticks in the first column of every table."""
+    rows = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_plugin_guide_documents_every_hook_with_its_arguments() -> None:
+    hooks = {name: function for name, function in vars(hookspecs).items() if name.startswith("pd_")}
+    signatures = {f"{name}({', '.join(inspect.signature(function).parameters)})" for name, function in hooks.items()}
+    documented = [cell for cell in first_cells(section("Plugins")) if cell.startswith("pd_")]
+    assert sorted(documented) == sorted(signatures)
+
+
+def test_the_settings_tables_are_those_of_the_settings() -> None:
+    assert update_readme(README) == README, "run: python -m pd.settings --write README.md"
+
+
+def test_every_path_is_documented_for_where_it_is() -> None:
+    rows = re.findall(r"^\| (`/.*?) \| ([A-Z, ]+) \| (\w+) \|", section("HTTP"), re.MULTILINE)
+    documented: dict[str, set[str]] = {"router": set(), "instance": set()}
+    for paths, _, where in rows:
+        for name in documented:
+            if where in (name, "both"):
+                documented[name] |= set(re.findall(r"`(/[^`]+)`", paths))
+    assert documented["instance"] == set(App(_nothing(), print)._routes)
+    router = set(PROXIED) | set(Operations(_nothing()).table)
+    assert documented["router"] <= router
+    # What the router passes on for instances that cannot do it yet is not an offer.
+    assert router - documented["router"] <= {"/health_generate", "/start_profile", "/stop_profile"}
+
+
+def _nothing() -> Any:
+    """A collaborator of which only the existence matters."""
+    return MagicMock()
+
+
+def test_every_metric_is_documented_by_its_exact_name() -> None:
+    body, _ = exposition({}, Latencies(), "")
+    fleet = Fleet(RouteConfig(decode=("http://127.0.0.1:1",)))
+    exposed = families(body.decode()) | families(Exposition(Stats(), fleet).render().decode())
+    documented = [cell for cell in first_cells(section("Metrics")) if cell.startswith("pd_")]
+    assert sorted(documented) == sorted(exposed)
+
+
+def families(text: str) -> set[str]:
+    return set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+
+
+def example(number: int) -> dict[str, Any]:
+    code = re.findall(r"^```python\n(.*?)^```$", section("Plugins"), re.MULTILINE | re.DOTALL)[number]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def registered(names: dict[str, Any]) -> Plugins:
+    """The example as a loaded plugin."""
+    module = ModuleType("readme_example")
+    module.__dict__.update(names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        return load_plugins([EntryPoint("example", module.__name__, "pd")])
+
+
+def test_the_example_of_a_backend_has_the_whole_interface() -> None:
+    names = example(0)
+    info = registered(names).backends()["mine"]
+    backend = info.factory(BackendContext("127.0.0.1", "cpu", _nothing()))
+    assert isinstance(backend, TransferBackend)
+    wanted = {name for name, _ in inspect.getmembers(TransferBackend, inspect.isfunction) if not name.startswith("_")}
+    for name in wanted:
+        theirs, ours = inspect.signature(getattr(TransferBackend, name)), inspect.signature(getattr(backend, name))
+        assert list(ours.parameters) == list(theirs.parameters)[1:], name
+
+
+def test_the_example_of_a_policy_chooses() -> None:
+    entry = registered(example(1)).policies()["least_busy"]
+    policy = entry.factory(PolicyContext("decode"))
+    workers = [WorkerView(f"http://w{count}", "decode", count) for count in (3, 1, 2)]
+    assert isinstance(policy, RoutingPolicy)
+    assert policy.choose(_nothing(), workers) is workers[1]
