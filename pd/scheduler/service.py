@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections import deque
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -230,10 +231,9 @@ class Service:
 
     async def tick(self) -> None:
         while True:
-            due = self.clock() + TICK
+            due = time.monotonic() + TICK  # finer than the loop's own clock, which counts milliseconds
             await asyncio.sleep(TICK)
-            now = self.clock()
-            self.apply(ev.Tick(now, max(0.0, now - due)))
+            self.apply(ev.Tick(self.clock(), max(0.0, time.monotonic() - due)))
 
     def close(self) -> None:
         for task in self._tasks:
