@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import hypothesis
@@ -45,3 +45,12 @@ def run_async() -> Callable[..., Any]:
             return runner.run(bounded())
 
     return run
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[tuple[str, str]]]:
+    """Names and addresses of two network namespaces that a veth pair joins."""
+    from hosts_kit import hosts
+
+    with hosts() as found:
+        yield found
