@@ -215,7 +215,7 @@ class ServeConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
     name: str = setting("", "instance name, for logs and peers (default: host and port)")
-    fault: str = setting("", "named fault points, for tests", readme=False)
+    fault: str = setting("", "folder of armed fault points, for tests", readme=False)
 
 
 @dataclass(frozen=True)

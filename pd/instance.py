@@ -26,6 +26,7 @@ from pd.api.service import ApiConfig
 from pd.child import ChildContext
 from pd.config import ServeConfig
 from pd.errors import ProcessError
+from pd.faults import fault_prefix
 from pd.logs import configure
 from pd.models.info import check_model
 from pd.plugins import Plugins, load_plugins
@@ -171,6 +172,7 @@ class _Plan:
             secret=config.control.cluster_secret,
             drain_timeout=config.http.drain_timeout,
             log=config.log,
+            fault=fault_prefix(config.fault, self.name, "scheduler"),
         )
         return self._spec("scheduler", "pd.scheduler.service:main", process)
 
@@ -187,6 +189,7 @@ class _Plan:
             transfer=config.transfer,
             control=config.control,
             log=config.log,
+            fault=fault_prefix(config.fault, self.name, "runner"),
         )
         return self._spec("runner", "pd.runner.service:main", process)
 

@@ -12,7 +12,8 @@ class RunnerConfig:
     """`identity` names this incarnation and rank to peers. `host` is where its data plane listens.
 
     The endpoints are the scheduler's, `ipc://`; a unified instance needs no `transfer_endpoint`. `threads` 0 means one
-    for small models (more would only wait for each other) and torch's own number otherwise.
+    for small models (more would only wait for each other) and torch's own number otherwise. `fault` as `pd.faults`
+    makes it.
     """
 
     role: str
@@ -27,3 +28,4 @@ class RunnerConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    fault: str = ""

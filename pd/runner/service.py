@@ -16,6 +16,7 @@ import zmq
 from pd import logs
 from pd.abc import TransferBackend
 from pd.errors import ConfigError
+from pd.faults import FaultPoints
 from pd.ipc.channel import SyncChannel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
@@ -103,7 +104,7 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             context.report_ready({"num_blocks": runner.ready.num_blocks, "block_bytes": runner.ready.block_bytes})
             plugins.process_started("runner", config)
             resources.callback(plugins.process_stopping, "runner")
-            serve(channel, runner.worker, context, alarm)
+            serve(channel, runner.worker, context, alarm, FaultPoints.of(config.fault))
         except Exception as error:
             channel.send(RunnerFailed(config.rank, _one_line(error)), SEND_TIMEOUT)
             raise
@@ -171,7 +172,11 @@ def build(
 
 
 def serve(
-    channel: SyncChannel[RunnerToScheduler, StepOrder], worker: Worker, context: ChildContext, alarm: Alarm
+    channel: SyncChannel[RunnerToScheduler, StepOrder],
+    worker: Worker,
+    context: ChildContext,
+    alarm: Alarm,
+    faults: FaultPoints | None = None,
 ) -> None:
     """Execute orders as they come; returns when a stop is requested."""
     poller = zmq.Poller()
@@ -183,7 +188,12 @@ def serve(
         if order is None:
             poller.poll()
         else:
-            channel.send(worker.step(order), SEND_TIMEOUT)
+            if faults is not None:
+                faults.reached("step")
+            done = worker.step(order)
+            if faults is not None and order.pushes:  # they are on their way, and nobody knows yet
+                faults.reached("push")
+            channel.send(done, SEND_TIMEOUT)
 
 
 def _load(config: RunnerConfig, info: ModelInfo, plugins: Plugins, log: Callable[..., None]) -> Model:

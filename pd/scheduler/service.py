@@ -16,6 +16,7 @@ import zmq
 from pd import messages as m
 from pd.config import LogConfig
 from pd.errors import ChannelClosed, ChannelFull, ConfigError, ProtocolError
+from pd.faults import FaultPoints
 from pd.ipc.channel import Channel, Router
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Sockets
@@ -39,7 +40,10 @@ LAST_WORDS = 0.1
 
 @dataclass(frozen=True)
 class SchedulerProcessConfig:
-    """Endpoints are `ipc://` paths that this process binds; `control_host` is where a prefill instance listens."""
+    """Endpoints are `ipc://` paths that this process binds; `control_host` is where a prefill instance listens.
+
+    `fault` as `pd.faults` makes it.
+    """
 
     settings: SchedulerSettings
     api_endpoint: str
@@ -49,6 +53,7 @@ class SchedulerProcessConfig:
     secret: str = ""
     drain_timeout: float = 30.0
     log: LogConfig = field(default_factory=LogConfig)
+    fault: str = ""
 
 
 def api_identity(worker: int) -> bytes:
@@ -67,6 +72,7 @@ class Service:
         self.exit: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self._events: deque[ev.Event] = deque()
         self._busy = False
+        self._faults = FaultPoints.of(config.fault)
         self.sockets = Sockets(config.secret)
         ipc = LinkOptions(heartbeat=0, high_water=65536)
         self.api: Router[m.SchedulerToApi, m.ApiToScheduler] = Router(
@@ -119,7 +125,10 @@ class Service:
         self._busy = True
         try:
             while self._events:
-                for action in self.scheduler.handle(self._events.popleft()):
+                event = self._events.popleft()
+                if self._faults is not None and isinstance(event, ev.PeerSaid):
+                    self._faults.reached(f"got:{type(event.message).__name__}")
+                for action in self.scheduler.handle(event):
                     self._do(action)
         finally:
             self._busy = False
@@ -132,6 +141,8 @@ class Service:
                 self._reply(worker, message)
             case ac.SendPeer(session, message):
                 self.links.send(session, message)
+                if self._faults is not None:
+                    self._faults.reached(f"sent:{type(message).__name__}")
             case ac.Transfer(command):
                 self._to_runner(self.transfer, command)
             case ac.OpenSession(endpoint, hello, timeout):
