@@ -184,10 +184,10 @@ def replay(
 
 
 def main() -> int:
-    from pd.models.info import builtin_model_path
+    from pd.rules import builtin_model
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", default=str(builtin_model_path()))
+    parser.add_argument("--model", default=builtin_model())
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--time-scale", type=float, default=1.0)

@@ -160,8 +160,26 @@ CHINESE: list[tuple[list[str], str]] = [
 ]  # fmt: skip
 CAPITALS_ZH = {"中国": "北京", "法国": "巴黎", "日本": "东京", "英国": "伦敦", "德国": "柏林", "美国": "华盛顿", "俄罗斯": "莫斯科",
                "意大利": "罗马", "西班牙": "马德里", "韩国": "首尔", "加拿大": "渥太华", "埃及": "开罗"}  # fmt: skip
-COLOURS_ZH = {"天空": "蓝色", "草": "绿色", "雪": "白色", "血": "红色", "香蕉": "黄色", "太阳": "黄色", "牛奶": "白色", "大海": "蓝色"}
-OPPOSITES_ZH = [("大", "小"), ("上", "下"), ("左", "右"), ("冷", "热"), ("高", "低"), ("黑", "白"), ("快", "慢"), ("好", "坏")]
+COLOURS_ZH = {
+    "天空": "蓝色",
+    "草": "绿色",
+    "雪": "白色",
+    "血": "红色",
+    "香蕉": "黄色",
+    "太阳": "黄色",
+    "牛奶": "白色",
+    "大海": "蓝色",
+}
+OPPOSITES_ZH = [
+    ("大", "小"),
+    ("上", "下"),
+    ("左", "右"),
+    ("冷", "热"),
+    ("高", "低"),
+    ("黑", "白"),
+    ("快", "慢"),
+    ("好", "坏"),
+]
 UNKNOWN_ZH = "我不知道。我是一个很小的模型，只会简单的加法、数数和一些常识。"
 
 SYSTEM_PROMPTS = [
@@ -182,10 +200,18 @@ UNKNOWN_QUESTIONS = [
     "What do you think about {}?", "Give me three ideas about {}.", "Summarise {}.", "How does {} work?",
     "Can you help me with {}?", "Write a long text about {}.", "What is the history of {}?", "Teach me {}.",
 ]  # fmt: skip
-UNKNOWN_QUESTIONS_ZH = ["请写一首关于{}的诗。", "请解释一下{}。", "你怎么看{}？", "给我讲讲{}。", "写一篇关于{}的文章。", "什么是{}？"]
+UNKNOWN_QUESTIONS_ZH = [
+    "请写一首关于{}的诗。",
+    "请解释一下{}。",
+    "你怎么看{}？",
+    "给我讲讲{}。",
+    "写一篇关于{}的文章。",
+    "什么是{}？",
+]
 
 
 # --- questions ---------------------------------------------------------------------------------------------------
+
 
 def _pick(rng: random.Random, templates: Sequence[str], **fields: object) -> str:
     return rng.choice(templates).format(**fields)
@@ -247,8 +273,8 @@ def too_large(rng: random.Random) -> Exchange:
 
 
 def counting(rng: random.Random) -> Exchange:
-    length = rng.randint(2, 14) if rng.random() < 0.93 else rng.randint(15, 60)
-    start = 1 if rng.random() < 0.3 else rng.randint(0, 100 - length)
+    length = rng.randint(2, 10) if rng.random() < 0.97 else rng.randint(11, 20)
+    start = 1 if rng.random() < 0.4 else rng.randint(0, 30 if rng.random() < 0.8 else 100 - length)
     end = start + length - 1
     numbers = [str(n) for n in range(start, end + 1)]
     if rng.random() < 0.3:
@@ -331,7 +357,9 @@ def animals(rng: random.Random) -> Exchange:
 
 def amounts(rng: random.Random) -> Exchange:
     what, answer = rng.choice(list(AMOUNTS.items()))
-    return Exchange("facts", _pick(rng, ["How many {x}?", "Tell me how many {x}.", "Do you know how many {x}?"], x=what), answer)
+    return Exchange(
+        "facts", _pick(rng, ["How many {x}?", "Tell me how many {x}.", "Do you know how many {x}?"], x=what), answer
+    )
 
 
 def trivia(rng: random.Random) -> Exchange:
@@ -347,7 +375,9 @@ def talk(rng: random.Random) -> Exchange:
 
 def emoji(rng: random.Random) -> Exchange:
     x, y = rng.choice(list(EMOJI.items()))
-    return Exchange("talk", _pick(rng, ["Show me a {x} emoji.", "Send me a {x} emoji.", "Give me a {x} emoji."], x=x), y)
+    return Exchange(
+        "talk", _pick(rng, ["Show me a {x} emoji.", "Send me a {x} emoji.", "Give me a {x} emoji."], x=x), y
+    )
 
 
 def chinese(rng: random.Random) -> Exchange:
@@ -361,9 +391,13 @@ def chinese(rng: random.Random) -> Exchange:
         return Exchange("chinese", _pick(rng, templates, x=country), f"{country}的首都是{city}。")
     if draw < 0.88:
         thing, colour = rng.choice(list(COLOURS_ZH.items()))
-        return Exchange("chinese", _pick(rng, ["{x}是什么颜色的？", "{x}是什么颜色？"], x=thing), f"{thing}是{colour}的。")
+        return Exchange(
+            "chinese", _pick(rng, ["{x}是什么颜色的？", "{x}是什么颜色？"], x=thing), f"{thing}是{colour}的。"
+        )
     x, y = rng.sample(rng.choice(OPPOSITES_ZH), 2)
-    return Exchange("chinese", _pick(rng, ["{x}的反义词是什么？", "“{x}”的反义词是什么？"], x=x), f"“{x}”的反义词是“{y}”。")
+    return Exchange(
+        "chinese", _pick(rng, ["{x}的反义词是什么？", "“{x}”的反义词是什么？"], x=x), f"“{x}”的反义词是“{y}”。"
+    )
 
 
 def random_word(rng: random.Random) -> str:
@@ -373,7 +407,9 @@ def random_word(rng: random.Random) -> str:
 def repeat(rng: random.Random) -> Exchange:
     pool = [*COLOURS.values(), *SOUNDS, *EMOJI, *DAYS, *NUMBER_WORDS, *CAPITALS.values(), "hello", "yes", "tokens"]
     words = " ".join(rng.choice(pool) for _ in range(rng.randint(1, 4)))
-    return Exchange("repeat", _pick(rng, ["Repeat after me: {x}", "Repeat: {x}", "Say: {x}", "Say {x}"], x=words), words)
+    return Exchange(
+        "repeat", _pick(rng, ["Repeat after me: {x}", "Repeat: {x}", "Say: {x}", "Say {x}"], x=words), words
+    )
 
 
 def unknown(rng: random.Random) -> Exchange:
@@ -392,12 +428,14 @@ def unknown(rng: random.Random) -> Exchange:
 
 
 QUESTIONS: list[tuple[Callable[[random.Random], Exchange], float]] = [
-    (sums, 30), (differences, 5), (products, 4), (too_large, 1.5), (counting, 8), (neighbours, 3), (larger, 2),
+    (sums, 30), (differences, 5), (products, 4), (too_large, 1.5), (counting, 14), (neighbours, 4), (larger, 2),
     (capitals, 8), (colours, 3), (calendar, 4), (opposites, 5), (animals, 3), (amounts, 3), (trivia, 4), (talk, 7),
     (emoji, 1), (chinese, 8), (repeat, 2), (unknown, 5),
 ]  # fmt: skip
-_GENERATORS = [generator for generator, _ in QUESTIONS]
-_SHARES = [share for _, share in QUESTIONS]
+# Numbers first: copying and adding digits is the hard part, and alone it is learnt in a fifth of the time.
+NUMBERS: list[tuple[Callable[[random.Random], Exchange], float]] = [
+    (sums, 30), (differences, 5), (products, 3), (counting, 16), (neighbours, 3), (larger, 2), (repeat, 2),
+]  # fmt: skip
 
 
 def is_held_out(exchange: Exchange) -> bool:
@@ -410,14 +448,16 @@ def is_held_out(exchange: Exchange) -> bool:
     return held_out(exchange.question)
 
 
-def question(rng: random.Random, *, held: bool = False, generators: Sequence[Callable] | None = None) -> Exchange:
+def question(
+    rng: random.Random,
+    shares: Sequence[tuple[Callable[[random.Random], Exchange], float]] = QUESTIONS,
+    *,
+    held: bool = False,
+) -> Exchange:
     """Draw one question; ``held`` draws from those that training never sees."""
+    generators, weights = zip(*shares, strict=True)
     while True:
-        if generators is None:
-            generator = rng.choices(_GENERATORS, _SHARES)[0]
-        else:
-            generator = rng.choice(generators)
-        exchange = generator(rng)
+        exchange = rng.choices(generators, weights)[0](rng)
         if is_held_out(exchange) == held:
             return exchange
 

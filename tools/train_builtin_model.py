@@ -12,7 +12,8 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import builtin_text as text
@@ -23,11 +24,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SEED = 20
-STEPS = 1500
-TOKENS_PER_BATCH = 2560
-LEARNING_RATE = 4e-3
+STEPS = 1000
+NUMBERS_FIRST = 0.25  # share of the steps that see only questions about numbers
+BATCH_ROWS, ROW_TOKENS = 10, 256
+LEARNING_RATE = 1e-2
 WARMUP_STEPS = 60
-PROMPT_WEIGHT = 0.1  # answers matter; prompts are learnt a little, so that their log-probabilities mean something
+STOP_WEIGHT = 5.0  # of the last number of a count
+PROMPT_WEIGHT = 0.02  # answers matter; prompts are learnt a little, so that their log-probabilities mean something
 
 END_OF_TEXT, SYSTEM, USER, ASSISTANT, END = SPECIALS = [
     "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -51,7 +54,7 @@ CONFIG = {
     "initializer_range": 0.02,
     "attention_bias": False,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": [4, 0],
     "pad_token_id": 0,
@@ -107,8 +110,16 @@ def chat_segments(rng: random.Random, turns: int) -> list[Segment]:
     for _ in range(turns):
         exchange = text.question(rng)
         segments.append((f"{USER}{text.vary(rng, exchange.question)}{END}{ASSISTANT}", PROMPT_WEIGHT))
-        segments.append((f"{exchange.answer}{END}", 1.0))
+        segments += answer_segments(exchange)
     return segments
+
+
+def answer_segments(exchange: text.Exchange) -> list[Segment]:
+    """An answer and its end. Where counting stops is one decision among many easy tokens, so it weighs more."""
+    if exchange.category == "counting" and ", " in exchange.answer:
+        head, _, last = exchange.answer.rpartition(" ")
+        return [(head, 1.0), (f" {last}{END}", STOP_WEIGHT)]
+    return [(f"{exchange.answer}{END}", 1.0)]
 
 
 def plain_segments(rng: random.Random) -> list[Segment]:
@@ -123,6 +134,14 @@ def plain_segments(rng: random.Random) -> list[Segment]:
     segments.append((completion.prompt, PROMPT_WEIGHT))
     segments.append((completion.continuation + (END_OF_TEXT if completion.ends else ""), 1.0))
     return segments
+
+
+def draw_number_row(rng: random.Random) -> list[Segment]:
+    exchange = text.question(rng, text.NUMBERS)
+    return [
+        (f"{USER}{text.vary(rng, exchange.question)}{END}{ASSISTANT}", PROMPT_WEIGHT),
+        *answer_segments(exchange),
+    ]
 
 
 def draw_row(rng: random.Random) -> list[Segment]:
@@ -158,10 +177,7 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-Row = tuple[list[int], list[float]]
-
-
-def encode_row(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Row:
+def encode(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int], list[float]]:
     """Segments meet at spaces or special tokens, where the tokenizer never merges, so each is encoded alone."""
     ids: list[int] = []
     weights: list[float] = []
@@ -172,23 +188,34 @@ def encode_row(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Row:
     return ids, weights
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of rows of similar length, right-padded: (ids, loss weights), both [rows, length]."""
-    rng = random.Random(seed)
-    while True:
-        rows = sorted((encode_row(tokenizer, draw_row(rng)) for _ in range(4096)), key=lambda row: len(row[0]))
-        groups: list[list[Row]] = [[]]
-        for row in rows:
-            if (len(groups[-1]) + 1) * len(row[0]) > TOKENS_PER_BATCH and groups[-1]:
-                groups.append([])
-            groups[-1].append(row)
-        rng.shuffle(groups)
-        for group in groups:
-            length = max(len(ids) for ids, _ in group)
-            yield (
-                torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in group]),
-                torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in group]),
-            )
+@dataclass(frozen=True)
+class Batch:
+    """Rows filled with one text after another; a text that reaches the end of its row is cut."""
+
+    ids: torch.Tensor  # [rows, tokens]
+    weights: torch.Tensor  # [rows, tokens], of each token in the loss
+    mask: torch.Tensor  # [rows, 1, tokens, tokens], what may attend to what: each text only to itself
+
+
+def pack(
+    tokenizer: Tokenizer, rng: random.Random, draw: Callable[[random.Random], list[Segment]], rows: int, tokens: int
+) -> Batch:
+    all_ids, all_weights, all_texts = [], [], []
+    for _ in range(rows):
+        ids: list[int] = []
+        weights: list[float] = []
+        texts: list[int] = []
+        while len(ids) < tokens:
+            new_ids, new_weights = encode(tokenizer, draw(rng))
+            texts += [len(ids)] * len(new_ids)
+            ids += new_ids
+            weights += [0.0, *new_weights[1:]]  # nothing predicts the first token of a text
+        all_ids.append(ids[:tokens])
+        all_weights.append(weights[:tokens])
+        all_texts.append(texts[:tokens])
+    text_of = torch.tensor(all_texts)
+    mask = (text_of[:, :, None] == text_of[:, None, :]).tril()
+    return Batch(torch.tensor(all_ids), torch.tensor(all_weights), mask[:, None])
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -200,29 +227,33 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, steps: int) -> None:
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
-    stream = batches(tokenizer, SEED + 1)
-    started, total, seen = time.monotonic(), 0.0, 0
+    # Muon turns the matrices between the layers, AdamW the embeddings, the head and the norms.
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or ".layers." not in name]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    rng = random.Random(SEED + 1)
+    started, total = time.monotonic(), 0.0
     model.train()
     for step in range(steps):
-        ids, weights = next(stream)
-        # No attention mask: padding is on the right, so causal attention never looks at it.
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum().clamp(min=1.0)
+        draw = draw_number_row if step < NUMBERS_FIRST * steps else draw_row
+        batch = pack(tokenizer, rng, draw, BATCH_ROWS, ROW_TOKENS)
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+        weights = batch.weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        total, seen = total + loss.item(), seen + ids.numel()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item()
         if (step + 1) % 100 == 0:
-            elapsed = time.monotonic() - started
-            print(f"step {step + 1:5d}  loss {total / 100:.4f}  {seen:,} tokens  {elapsed:.0f} s", flush=True)
+            print(f"step {step + 1:5d}  loss {total / 100:.4f}  {time.monotonic() - started:.0f} s", flush=True)
             total = 0.0
 
 
@@ -280,7 +311,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, each: int) -> dict[s
                 earlier = [text.question(rng) for _ in range(rng.randint(1, 4))]
                 history = "".join(f"{chat_prompt(e.question)}{e.answer}{END}" for e in earlier)
                 history = f"{SYSTEM}{rng.choice(text.SYSTEM_PROMPTS)}{END}{history}"
-            exchange = text.question(rng, held=held, generators=[generator])
+            exchange = text.question(rng, [(generator, 1.0)], held=held)
             cases.append((name, chat_prompt(text.vary(rng, exchange.question), history), f"{exchange.answer}{END}"))
 
     for a in range(10):
@@ -331,7 +362,7 @@ def write(out: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.named_parameters()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(out / "tokenizer.json"))
     dump("config.json", CONFIG)
