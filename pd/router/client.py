@@ -15,15 +15,20 @@ from typing import Protocol, cast
 
 import httptools
 
-from pd.router.http import HOP_HEADERS, MAX_HEAD, Request, Response, error, render
+from pd.router.http import HOP_HEADERS, MAX_HEAD, Request, Response, error, parse_timeout, render
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds and bytes. `body_timeout` is the longest pause in an upload; the whole request has `request_timeout`."""
+    """Seconds and bytes. `body_timeout` is the longest pause in an upload; the whole request has `request_timeout`,
+
+    or, where it is less, what the client asked for and `grace` besides: the worker knows the client's deadline too, and
+    its own answer is the better one.
+    """
 
     max_body: int
     request_timeout: float
+    grace: float = 0.5
     head_timeout: float = 20.0
     body_timeout: float = 30.0
     idle_timeout: float = 120.0
@@ -229,7 +234,8 @@ class ClientConnection(asyncio.Protocol):
             return
         self._current = item
         item.started = self.loop.time()
-        self.deadline = item.started + self.limits.request_timeout
+        item.timeout = min(self.limits.request_timeout, item.timeout + self.limits.grace)
+        self.deadline = item.started + item.timeout
         self.handler = self.app.handler(self, item)
         self.handler.start()
 
@@ -339,6 +345,9 @@ class ClientConnection(asyncio.Protocol):
             self._on_hop_header(name, value)
         elif name == b"x-request-id":
             self._request.request_id = value[:256]
+        elif name == b"x-request-timeout":
+            self._request.timeout = parse_timeout(value)
+            self._request.headers.append((name, value))
         elif not name.startswith(b"x-pd-"):  # those are for the router to say
             self._request.headers.append((name, value))
 

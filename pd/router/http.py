@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -70,6 +71,7 @@ class Request:
     old: bool = False  # HTTP/1.0: understands no chunks and gets its connection closed
     keep_alive: bool = True
     started: float = 0.0
+    timeout: float = math.inf  # what the client asked for, seconds
 
     @property
     def path(self) -> str:
@@ -84,6 +86,15 @@ class Response:
     body: bytes = b""
     content_type: str = "application/json"
     headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def parse_timeout(value: bytes) -> float:
+    """Seconds of an `x-request-timeout`; infinite where it is malformed: the worker answers what is wrong with it."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return math.inf
+    return seconds if seconds > 0 else math.inf
 
 
 def error_body(status: int, message: str, code: str) -> bytes:

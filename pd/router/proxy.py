@@ -36,7 +36,6 @@ class Core:
     fleet: Fleet
     selection: Selection
     stats: Stats
-    request_timeout: float
     spawn: Callable[[ClientConnection, Coroutine[Any, Any, None]], asyncio.Task[None]]
     ids: itertools.count[int] = field(default_factory=itertools.count)
     id_prefix: str = field(default_factory=lambda: secrets.token_hex(6))
@@ -100,9 +99,9 @@ class Exchange:
 
     def expire(self) -> None:
         worker = self.decode.worker.url if self.decode is not None else ""
-        log.warning("request_timed_out", request=self._id, worker=worker, seconds=self.core.request_timeout)
+        log.warning("request_timed_out", request=self._id, worker=worker, seconds=self.request.timeout)
         connection = self._leave()
-        problem = f"the request took longer than {self.core.request_timeout:g} s"
+        problem = f"the request took longer than {self.request.timeout:g} s"
         if self.status:
             self._break(connection, 504, problem, "timeout")
         else:

@@ -54,7 +54,7 @@ class Router:
         self.fleet = fleet
         self.stats = Stats()
         selection = Selection(config, fleet, policies)
-        self.core = Core(fleet, selection, self.stats, config.request_timeout, spawn)
+        self.core = Core(fleet, selection, self.stats, spawn)
         self.operations = Operations(self.core).table
         self.limits = Limits(max_body=config.max_body, request_timeout=config.request_timeout)
         self.clients: set[ClientConnection] = set()
