@@ -39,7 +39,6 @@ def test_every_interleaving_keeps_its_books_and_comes_to_rest(seed: int) -> None
         run(seed * WORLDS + i)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_five_thousand_interleavings_keep_their_books(part: int) -> None:
     for seed in range(500 * part, 500 * (part + 1)):
