@@ -79,7 +79,7 @@ class HandoffConfig:
     #: Decode: after Refused(busy) a peer that sends no new credit is left alone for this long.
     busy_backoff: float = 0.5
     #: Prefill: stopped writes that have not ended after this long are ended by a reset of their peer.
-    reset_after: float = 2.0
+    reset_after: float = 1.0
     #: Prefill: after a reset, bytes that were handed to the network may still land for this long: Cancelled waits.
     reset_linger: float = 1.0
     #: Prefill: least time between two unscheduled heartbeats to one peer.

@@ -132,6 +132,7 @@ class Scheduler:
     def _exit(self, code: int, reason: str) -> None:
         if not self._exited:
             self._exited = True
+            self.state = InstanceState.DRAINING  # until the process has ended
             for side in (self.decode, self.prefill):
                 if side is not None:
                     side.handoffs.goodbye(reason)
@@ -387,6 +388,8 @@ class Scheduler:
     # --- time ---
 
     def _tick(self, event: ev.Tick) -> None:
+        if self._exited:
+            return  # the sessions have been closed, and none is to be opened
         core = self.core
         if core is None:
             if event.now >= self._drain_by:

@@ -419,9 +419,9 @@ def test_a_lost_session_stops_everything_and_frees_sources_only_when_quiet() -> 
     p.orders()
     p.machine.session_down(0.0, session, "closed")
     assert [type(n) for n in p.notices] == [Stop]
-    p.tick(1.0)
-    p.orders()
-    p.tick(2.1)
+    p.tick(0.9)
+    assert m.TransferResetPeer("d.1.0") not in p.commands()
+    p.tick(1.1)
     assert m.TransferResetPeer("d.1.0") in p.commands(), "its writes did not end soon"
     assert not p.notices
     p.transfer(m.TransferReset("d.1.0"))

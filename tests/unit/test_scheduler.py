@@ -340,6 +340,7 @@ def test_a_dead_runner_ends_every_request_and_the_instance() -> None:
     actions = instance.handle(ev.RunnerDied(0.0, "killed"))
     assert [error_of(c).status for c in clients] == [500, 500, 500]
     assert [a for a in actions if isinstance(a, Exit)] == [Exit(1, "killed")]
+    assert instance.submit(9, prompt(5), 5).rejected is not None, "until the process has ended"
 
 
 def test_a_step_that_takes_too_long_is_a_dead_runner() -> None:

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from pd.scheduler import events as ev
+from pd.scheduler.actions import Exit, OpenSession, SendPeer
 from pd.testing.fake_runner import reference_tokens
 from pd.testing.instance import Client
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
@@ -77,6 +79,18 @@ def test_a_hit_on_both_costs_neither_compute_nor_bytes() -> None:
     finish(sim, sim.submit(sim.nodes["d0"], prompt(16) + prompt(8, 2), 4))
     assert stats(sim.nodes["p0"]).computed == 16 + 8
     assert landed_bytes(sim.nodes["d0"]) - before == 2 * BLOCK_BYTES
+
+
+def test_wanted_prompt_logprobs_are_computed_anew_but_pushed_only_where_they_lack() -> None:
+    sim = world(local="short:30")
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(32), 2))
+    computed, bytes_before = stats(sim.nodes["p0"]).computed, landed_bytes(sim.nodes["d0"])
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(32) + prompt(3, 2), 4, logprob_start=0))
+    assert stats(sim.nodes["p0"]).computed - computed == 35, "too much for local prefill, which would need it all"
+    assert landed_bytes(sim.nodes["d0"]) - bytes_before == BLOCK_BYTES
+    assert stats(sim.nodes["d0"]).computed == 0
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(32) + prompt(3, 3), 4, logprob_start=20))
+    assert stats(sim.nodes["d0"]).computed == 35 - 16, "pages before the position that judges token 20 are used"
 
 
 def test_a_request_that_ends_with_its_first_token_answers_before_its_blocks_have_landed() -> None:
@@ -229,3 +243,17 @@ def test_a_draining_prefill_finishes_its_hand_offs_refuses_new_ones_and_exits() 
     assert stats(sim.nodes["p1"]).computed == 24
     assert sim.nodes["p0"].exit is not None and sim.nodes["p0"].exit.code == 0
     assert sim.nodes["p0"].scheduler.state is InstanceState.DRAINING
+
+
+def test_a_decode_instance_whose_runner_died_says_goodbye_and_opens_no_new_session() -> None:
+    sim = world()
+    sim.submit(sim.nodes["d0"], prompt(64), 9)
+    decode = sim.nodes["d0"].scheduler
+    while not (decode.decode is not None and not decode.decode.handoffs.quiet):
+        sim.run(sim.now + 0.001)
+    actions = decode.handle(ev.RunnerDied(sim.now, "frozen"))
+    assert [type(a.message).__name__ for a in actions if isinstance(a, SendPeer)][-1:] == ["Goodbye"]
+    assert any(isinstance(a, Exit) for a in actions)
+    assert not decode.decode.handoffs.quiet, "blocks wait for the prefill instance: a reason to dial it"
+    later = [a for tick in range(1, 20) for a in decode.handle(ev.Tick(sim.now + 0.5 * tick, 0.0))]
+    assert not [a for a in later if isinstance(a, OpenSession)]
