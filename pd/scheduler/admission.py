@@ -75,13 +75,19 @@ class Admission:
             return self._start_remote(request)
         fresh = not request.blocks  # a retry still holds the pin on its prefix
         if fresh:
-            matched = core.prefix.match(request.tokens, request.match_limit(), request.salt)
+            # Whatever prompt logprobs are wanted, what is here need not be sent; only computing has to begin earlier.
+            matched = core.prefix.match(request.tokens, request.known - 1, request.salt)
             core.pool.retain(matched)
             request.blocks = matched
             request.inserted = len(matched)
+        usable = min(len(request.blocks), request.match_limit() // core.page_size)  # for computing here
+        endpoint = self._where(request, request.known - usable * core.page_size, now)
+        if endpoint == "" and usable < len(request.blocks):
+            core.pool.release(request.blocks[usable:])
+            del request.blocks[usable:]
+            request.inserted = min(request.inserted, usable)
         cached = len(request.blocks) * core.page_size
         lacks = core.batcher.pages(request.known) - len(request.blocks)
-        endpoint = self._where(request, request.known - cached, now)
         if endpoint is None or request.state is State.GONE:
             verdict = Verdict.GONE if request.state is State.GONE else Verdict.NO_PEER
         elif not core.batcher.room_for(lacks, asked):
@@ -92,7 +98,7 @@ class Admission:
             verdict = self._start_local(request, lacks, cached)
         else:
             assert self.decode is not None
-            verdict = Verdict.STARTED if self.decode.ask(now, request, endpoint, lacks, cached) else Verdict.NO_MEMORY
+            verdict = Verdict.STARTED if self.decode.ask(now, request, endpoint, lacks) else Verdict.NO_MEMORY
         if verdict in (Verdict.NO_MEMORY, Verdict.NO_PEER) and fresh:
             core.pool.release(request.blocks)
             request.blocks, request.inserted = [], 0

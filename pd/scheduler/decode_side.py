@@ -30,7 +30,7 @@ class DecodeSide:
             return choice.endpoint, ""
         return None, choice.reason if choice.kind is ChoiceKind.NONE else ""
 
-    def ask(self, now: float, request: Request, endpoint: str, lacks: int, cached: int) -> bool:
+    def ask(self, now: float, request: Request, endpoint: str, lacks: int) -> bool:
         """Grant blocks for what this instance lacks and ask. False when the blocks cannot be had."""
         core = self.core
         grant = core.pool.grant(lacks)

@@ -270,6 +270,7 @@ class PrefillHandoffs:
         h = push.handoff
         if isinstance(event, m.TransferPushed):
             h.nbytes[event.rank] = h.nbytes.get(event.rank, 0) + event.nbytes
+            self.counts.nbytes += event.nbytes
         if kind is not PrefillEvent.BROKEN:
             push.awaited.discard(event.rank)
             if not push.awaited:
@@ -381,9 +382,8 @@ class PrefillHandoffs:
         h.state = PrefillState.LANDED
         self.counts.outcome("landed")
         for rank in self._sending(h):
-            nbytes = h.nbytes.get(rank, 0)
-            self.counts.nbytes += nbytes
-            self.peers.send(now, h.session, m.Landed(h.id, rank, to_u64(h.digests.get(rank, ())), nbytes))
+            digests = to_u64(h.digests.get(rank, ()))
+            self.peers.send(now, h.session, m.Landed(h.id, rank, digests, h.nbytes.get(rank, 0)))
         self._notices.append(SourceFree(h.id))
 
     def _cancelled(self, now: float, h: Handoff, _: Any) -> None:

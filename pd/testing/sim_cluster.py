@@ -434,6 +434,7 @@ class SimCluster:
         seed: int = 0,
         stop: tuple[int, ...] = (),
         timeout: float | None = None,
+        logprob_start: int = -1,
     ) -> Client:
         key = next(self._key)
         sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop)
@@ -449,6 +450,7 @@ class SimCluster:
             f"r{key}",
             np.array(tokens, "<i4").tobytes(),
             sampling,
+            logprob_start=logprob_start,
             prefills=tuple(names),
             client_timeout_ms=None if timeout is None else int(timeout * 1000),
         )
