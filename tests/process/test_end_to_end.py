@@ -2,274 +2,336 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import random
-import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from up_kit import Running, running
+from cluster_kit import Deployment, Hold, ask, block_bytes, check_logprobs, deploy, prompt, tokens_of
 
-from tests.oracle import Oracle, tiny_model
-from tests.replay import audit, metrics
+from tests.replay import metrics
 
 pytestmark = pytest.mark.process
 
 PAGE, CHUNK = 16, 64
-#: 3 layers, 2 kv heads of 16, float32, keys and values.
-BLOCK_BYTES = 3 * 2 * 16 * 4 * 2 * PAGE
-CACHED, COMPUTED, LANDED = (f'pd_prompt_tokens_total{{source="{s}"}}' for s in ("cached", "computed", "landed"))
-
-
-@dataclass
-class Deployment:
-    """A running cluster: where to ask, what answers, and what it should answer."""
-
-    running: Running
-    oracle: Oracle
-    prefill: str = ""
-    decode: str = ""
-
-    @property
-    def url(self) -> str:
-        return self.running.url
-
-    def generate(self, prompts: list[list[int]], count: int, **sampling: Any) -> list[dict[str, Any]]:
-        """All prompts at once through /generate, ids in and ids out."""
-        extra = {
-            k: sampling.pop(k) for k in ("return_logprob", "logprob_start_len", "top_logprobs_num") if k in sampling
-        }
-
-        async def one(client: httpx.AsyncClient, prompt: list[int], index: int) -> dict[str, Any]:
-            params = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True, **sampling}
-            if "seeds" in params:
-                params["seed"] = params.pop("seeds")[index]
-            body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, **extra}
-            response = await client.post(f"{self.url}/generate", json=body)
-            assert response.status_code == 200, response.text
-            return response.json()  # type: ignore[no-any-return]
-
-        async def everyone() -> list[dict[str, Any]]:
-            limits = httpx.Limits(max_connections=64)
-            async with httpx.AsyncClient(timeout=60, limits=limits) as client:
-                return list(await asyncio.gather(*(one(client, p, i) for i, p in enumerate(prompts))))
-
-        return asyncio.run(everyone())
-
-    def flush(self, url: str) -> None:
-        httpx.post(f"{url}/flush_cache").raise_for_status()
-
-    def figures(self) -> dict[str, float]:
-        """What moved through the pair so far."""
-        p, d = metrics(self.prefill), metrics(self.decode)
-        return {
-            "pushed": p["pd_kv_pushed_bytes_total"],
-            "landed": d["pd_kv_landed_bytes_total"],
-            "p_cached": p[CACHED],
-            "p_computed": p[COMPUTED],
-            "d_cached": d[CACHED],
-            "d_computed": d[COMPUTED],
-            "retractions": d["pd_retractions_total"],
-        }
-
-
-def deploy(folder: Path, arch: str, *arguments: str) -> Iterator[Deployment]:
-    model = tiny_model(folder / "models", arch, tokenizer=True)
-    command = [sys.executable, "-m", "pd", "up", model, "--port", "0", "--page-size", str(PAGE), *arguments]
-    with running(command, folder / "logs", PYTHONPATH=str(Path(__file__).parents[2])) as cluster:
-        found = Deployment(cluster, Oracle(model))
-        for worker in httpx.get(f"{cluster.url}/server_info").json()["workers"]:
-            setattr(found, worker["pool"], worker["url"])
-        yield found
+BLOCK_BYTES = block_bytes(PAGE)
+COMMON = ("--page-size", str(PAGE), "--chunked-prefill-size", str(CHUNK))
+RUNNING = 'pd_requests{state="running"}'
+EVERY_LOGPROB: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3}
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Llama over shared memory."""
-    folder = tmp_path_factory.mktemp("llama")
-    settings = ("--local-prefill", "never", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "16384")
-    yield from deploy(folder, "llama", *settings, "--transfer-memory", "shm")
+    settings = ("--local-prefill", "never", "--max-total-tokens", "16384", "--transfer-memory", "shm")
+    with deploy(tmp_path_factory.mktemp("llama"), "llama", *COMMON, *settings) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Qwen2 over TCP, with little memory."""
-    folder = tmp_path_factory.mktemp("qwen2")
-    settings = ("--local-prefill", "never", "--chunked-prefill-size", str(CHUNK), "--max-total-tokens", "1024")
-    yield from deploy(folder, "qwen2", *settings, "--transfer-memory", "tcp")
+    settings = ("--local-prefill", "never", "--max-total-tokens", "1024", "--transfer-memory", "tcp")
+    with deploy(tmp_path_factory.mktemp("qwen2"), "qwen2", *COMMON, *settings) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def unified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    yield from deploy(tmp_path_factory.mktemp("unified"), "llama", "--unified", "1", "--max-total-tokens", "16384")
+    """Llama on one instance, with other steps and blocks than the pair has."""
+    settings = ("--unified", "1", "--max-total-tokens", "16384")
+    with deploy(tmp_path_factory.mktemp("unified"), "llama", *settings) as found:
+        yield found
 
 
 @pytest.fixture(params=["llama", "qwen2"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Deployment]:
-    yield request.getfixturevalue(request.param)
+def pair(request: pytest.FixtureRequest) -> Deployment:
+    found: Deployment = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(autouse=True)
-def books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+def _everything_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test, on every instance that it used."""
     yield
-    for name in ("llama", "qwen2"):
-        if (
-            name in request.fixturenames
-            or getattr(getattr(request.node, "callspec", None), "params", {}).get("pair") == name
-        ):
-            deployment = request.getfixturevalue(name)
-            for url in (deployment.prefill, deployment.decode):
-                books = audit(url)
-                assert books["balanced"], books
-                assert not books["owned"] + books["incoming"] + books["quarantined"], books
+    for name, deployment in request.node.funcargs.items():
+        if isinstance(deployment, Deployment):
+            print(f"--- {name} ---\n{deployment.running.stderr[-4000:]}")  # pytest shows it when something fails
+            deployment.assert_at_rest()
 
 
-def prompt(length: int, seed: int) -> list[int]:
-    return [random.Random(seed).randrange(2, 256) for _ in range(length)]
-
-
-def check(deployment: Deployment, asked: list[int], answer: dict[str, Any], count: int) -> None:
-    """Tokens and every logprob equal transformers'."""
-    want = deployment.oracle.generate_logprobs(asked, count)
-    bound = 1e-5 if len(asked) < 200 else 1e-4
-    meta = answer["meta_info"]
-    output = meta["output_token_logprobs"]
-    assert [token for _, token, _ in output] == want.tokens
-    everything = asked + want.tokens
-    given = [*enumerate(meta.get("input_token_logprobs", [])), *((len(asked) + i, x) for i, x in enumerate(output))]
-    for position, (logprob, token, _) in given:
-        assert token == everything[position]
-        if position:
-            exact = float(want.logprobs[position - 1, token])
-            assert abs(logprob - exact) < bound, f"position {position}: {logprob} instead of {exact}"
+# --- what transformers computes -------------------------------------------------------------------------------------
 
 
 def test_tokens_and_logprobs_equal_transformers_for_a_batch_of_all_lengths(pair: Deployment) -> None:
-    before = pair.figures()
     lengths = [1, 2, PAGE - 1, PAGE, PAGE + 1, CHUNK - 1, CHUNK, CHUNK + 1, 150, 199, 420]
     prompts = [prompt(n, 100 + n) for n in lengths]
-    answers = pair.generate(prompts, 9, logprob_start_len=0, top_logprobs_num=2)
+    with pair.moved() as moved:
+        answers = pair.generate([ask(x, 9, token_ids_logprob=[5, 200], **EVERY_LOGPROB) for x in prompts])
     for asked, answer in zip(prompts, answers, strict=True):
-        check(pair, asked, answer, 9)
-        assert len(answer["meta_info"]["input_token_logprobs"]) == len(asked)
-    after = pair.figures()
+        check_logprobs(pair.oracle, asked, answer, 9)
+        meta = answer["meta_info"]
+        for kind in ("token_logprobs", "top_logprobs", "token_ids_logprobs"):
+            assert len(meta[f"input_{kind}"]) == len(asked) and len(meta[f"output_{kind}"]) == 9
+        assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(asked), 9)
     blocks = sum(-(-n // PAGE) for n in lengths)
-    assert after["pushed"] - before["pushed"] == after["landed"] - before["landed"] == blocks * BLOCK_BYTES
-    assert after["d_computed"] == 0, "nothing is ever prefilled on the decode instance"
+    assert moved["pushed"] == moved["landed"] == blocks * BLOCK_BYTES
+    assert moved["p_computed"] == sum(lengths)
+    assert moved["d_computed"] == 0, "nothing is ever prefilled on the decode instance"
 
 
 @pytest.mark.parametrize("hit", ["prefill", "decode", "both", "none"])
 def test_a_shared_prefix_is_exact_wherever_it_is_cached(pair: Deployment, hit: str) -> None:
     shared = prompt(5 * PAGE, {"prefill": 1, "decode": 2, "both": 3, "none": 4}[hit])
-    pair.generate([shared], 2)
+    pair.generate([ask(shared, 2)])
     if hit in ("prefill", "none"):
         pair.flush(pair.decode)
     if hit in ("decode", "none"):
         pair.flush(pair.prefill)
-    before = pair.figures()
-    asked = shared + prompt(20, 77)
-    (answer,) = pair.generate([asked], 6)
-    check(pair, asked, answer, 6)
-    moved = {name: value - before[name] for name, value in pair.figures().items()}
-    blocks = -(-len(asked) // PAGE)
+    asked = [shared + prompt(n, 77 + n) for n in (1, PAGE, 20, CHUNK + 3)]
+    with pair.moved() as moved:
+        # One after the other: of two at once the second would find what the first has brought.
+        answers = [pair.generate([ask(x, 6, return_logprob=True, top_logprobs_num=2)])[0] for x in asked[:1]]
+    check_logprobs(pair.oracle, asked[0], answers[0], 6)
+    blocks = -(-len(asked[0]) // PAGE)
     on_p, on_d = hit in ("prefill", "both"), hit in ("decode", "both")
-    assert moved["p_cached"] == (5 * PAGE if on_p else 0)
+    assert moved["p_cached"] == answers[0]["meta_info"]["cached_tokens"] == (5 * PAGE if on_p else 0)
     assert moved["d_cached"] == (5 * PAGE if on_d else 0)
-    assert moved["pushed"] == (blocks - 5 * on_d) * BLOCK_BYTES
-    assert answer["meta_info"]["cached_tokens"] == (5 * PAGE if on_p else 0)
+    assert moved["pushed"] == moved["landed"] == (blocks - 5 * on_d) * BLOCK_BYTES
+    # From here on both have it.
+    with pair.moved() as moved:
+        answers = pair.generate([ask(x, 6, return_logprob=True) for x in asked[1:]])
+    for one, answer in zip(asked[1:], answers, strict=True):
+        check_logprobs(pair.oracle, one, answer, 6)
+    assert moved["p_cached"] == moved["d_cached"] == 3 * 5 * PAGE
+    assert moved["pushed"] == moved["landed"] == sum(-(-len(x) // PAGE) - 5 for x in asked[1:]) * BLOCK_BYTES
 
 
-def test_retraction_changes_no_token(qwen2: Deployment) -> None:
-    before = qwen2.figures()["retractions"]
+@pytest.mark.parametrize("start", [0, 40, 5 * PAGE, 5 * PAGE + 7])
+def test_prompt_logprobs_are_exact_although_the_prompt_is_cached_on_both_sides(pair: Deployment, start: int) -> None:
+    asked = prompt(6 * PAGE, 5)
+    pair.generate([ask(asked, 1 + PAGE)])  # so that the last block is full too
+    with pair.moved() as moved:
+        (answer,) = pair.generate([ask(asked, 5, **{**EVERY_LOGPROB, "logprob_start_len": start})])
+    check_logprobs(pair.oracle, asked, answer, 5)
+    assert len(answer["meta_info"]["input_token_logprobs"]) == len(asked) - start
+    # The position before the first that is asked for judges it, so it must be computed.
+    assert moved["p_cached"] == max(0, start - 1) // PAGE * PAGE
+    assert moved["d_cached"] == 5 * PAGE
+    assert moved["pushed"] == moved["landed"] == BLOCK_BYTES
+
+
+def test_retraction_changes_no_token_and_no_logprob(qwen2: Deployment) -> None:
     prompts = [prompt(60, 500 + n) for n in range(8)]
-    answers = qwen2.generate(prompts, 100)
-    assert qwen2.figures()["retractions"] > before, "the pool must be too small for all of them"
+    with qwen2.moved() as moved:
+        answers = qwen2.generate([ask(x, 100, return_logprob=True) for x in prompts])
+    assert moved["retractions"] > 0, "the pool must be too small for all of them"
+    assert moved["d_computed"] == 0, "the retracted ones are prefilled on the prefill instance again"
     for asked, answer in zip(prompts, answers, strict=True):
-        check(qwen2, asked, answer, 100)
+        check_logprobs(qwen2.oracle, asked, answer, 100)
+
+
+# --- what one instance computes -------------------------------------------------------------------------------------
+
+#: Every way to draw a token.
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.0, "frequency_penalty": 1.5, "presence_penalty": 0.5},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "top_p": 0.95, "top_k": 50},
+    {"temperature": 1.0, "logit_bias": {"17": 4.0, "200": -100.0}},
+    {"temperature": 0, "repetition_penalty": 1.5},
+]
+
+
+def sampled(count: int, tokens: int, first: int = 900) -> list[dict[str, Any]]:
+    return [ask(prompt(10 + 3 * n, first + n), tokens, seed=n, **WAYS[n % len(WAYS)]) for n in range(count)]
 
 
 def test_sampling_with_a_seed_is_the_same_alone_in_a_batch_and_on_one_instance(
     llama: Deployment, unified: Deployment
 ) -> None:
-    prompts, seeds = [prompt(10 + n, 900 + n) for n in range(32)], list(range(32))
-    how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "top_k": 50}
+    bodies = sampled(32, 12)
+    batch = [tokens_of(answer) for answer in llama.generate(bodies)]
+    assert batch == [tokens_of(answer) for answer in unified.generate(bodies)]
+    for n in range(0, 32, 5):
+        assert [tokens_of(answer) for answer in llama.generate([bodies[n]])] == [batch[n]]
+        assert [tokens_of(answer) for answer in unified.generate([bodies[n]])] == [batch[n]]
+    others = llama.generate([{**b, "sampling_params": {**b["sampling_params"], "seed": 99}} for b in bodies])
+    assert sum(tokens_of(answer) != mine for answer, mine in zip(others, batch, strict=True)) >= 20
 
-    def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
-        return [[token for _, token, _ in a["meta_info"]["output_token_logprobs"]] for a in answers]
 
-    batch = tokens(llama.generate(prompts, 12, seeds=seeds, **how))
-    assert batch == tokens(unified.generate(prompts, 12, seeds=seeds, **how))
-    for n in (0, 7, 31):
-        assert tokens(llama.generate([prompts[n]], 12, seeds=[seeds[n]], **how)) == [batch[n]]
-    assert len({tuple(t) for t in batch}) > 16, "sampled, not greedy"
+def test_sampling_with_a_seed_is_the_same_after_a_retraction(qwen2: Deployment) -> None:
+    bodies = [ask(prompt(60, 700 + n), 100, seed=n, **WAYS[n]) for n in range(len(WAYS))]
+    with qwen2.moved() as moved:
+        batch = qwen2.generate(bodies)
+    assert moved["retractions"] > 0
+    alone = [qwen2.generate([body])[0] for body in bodies]
+    assert [tokens_of(answer) for answer in batch] == [tokens_of(answer) for answer in alone]
 
 
 def test_disaggregated_logprobs_equal_unified(llama: Deployment, unified: Deployment) -> None:
-    prompts = [prompt(n, 40 + n) for n in (5, 70, 300)]
-    for one, other in zip(llama.generate(prompts, 8), unified.generate(prompts, 8), strict=True):
-        ours, theirs = (x["meta_info"]["output_token_logprobs"] for x in (one, other))
-        assert [t for _, t, _ in ours] == [t for _, t, _ in theirs]
-        assert max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    bodies = [ask(prompt(n, 40 + n), 8, **EVERY_LOGPROB) for n in (5, 70, 300)]
+    for one, other in zip(llama.generate(bodies), unified.generate(bodies), strict=True):
+        assert tokens_of(one) == tokens_of(other)
+        for kind in ("input_token_logprobs", "output_token_logprobs"):
+            pairs = zip(one["meta_info"][kind], other["meta_info"][kind], strict=True)
+            assert all(a == b or abs(a - b) < 1e-4 for (a, *_), (b, *_) in pairs)
 
 
-def test_the_token_after_a_stop_token_is_never_emitted(llama: Deployment) -> None:
-    asked, want, stop = next(
-        (asked, want, want[4])
-        for asked in (prompt(33, seed) for seed in range(100))
-        if (want := llama.oracle.generate_logprobs(asked, 6).tokens)[4] not in want[:4]
-    )
-    (answer,) = llama.generate([asked], 12, stop_token_ids=[stop])
-    got = [token for _, token, _ in answer["meta_info"]["output_token_logprobs"]]
-    assert got == want[: want.index(stop) + 1]
-    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+# --- the way of the tokens ------------------------------------------------------------------------------------------
 
 
-def stream(url: str, body: dict[str, Any]) -> tuple[list[str], str | None]:
-    """The deltas of a streamed completion, and its finish reason."""
-    deltas, finish = [], None
-    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                for choice in json.loads(line[6:])["choices"]:
-                    deltas.append(choice["text"])
-                    finish = choice["finish_reason"] or finish
-    return deltas, finish
+def test_a_chunk_has_landed_before_the_next_one_is_computed(pair: Deployment) -> None:
+    """The prefill runner stands still where it has handed over the pushes of its first step and not said so yet.
+
+    Both figures come from one snapshot of its scheduler, so the pushed bytes are the first step's whatever happens
+    later. A push is reported when it was applied at its destination.
+    """
+    asked, chunk = prompt(4 * CHUNK, 31), CHUNK // PAGE * BLOCK_BYTES
+    before = metrics(pair.prefill)
+    answers: list[dict[str, Any]] = []
+    with Hold(pair, "prefill-0.runner.push") as hold:
+        request = threading.Thread(target=lambda: answers.extend(pair.generate([ask(asked, 4, return_logprob=True)])))
+        request.start()
+        hold.wait()
+        while True:
+            now = metrics(pair.prefill)
+            pushed, steps = (now[name] - before[name] for name in ("pd_kv_pushed_bytes_total", "pd_steps_total"))
+            if pushed or steps:
+                break
+    request.join(60)
+    assert (pushed, steps) == (chunk, 0)
+    check_logprobs(pair.oracle, asked, answers[0], 4)
 
 
-def test_a_stop_string_across_tokens_never_leaks_from_the_stream(llama: Deployment) -> None:
-    asked = prompt(21, 4)
-    body = {"prompt": asked, "max_tokens": 30, "temperature": 0, "ignore_eos": True}
-    whole = "".join(stream(llama.url, body)[0])
-    at = len(whole) // 2
-    stop = whole[at : at + 3]
-    deltas, finish = stream(llama.url, {**body, "stop": [stop]})
-    assert finish == "stop"
-    assert "".join(deltas) == whole[: whole.index(stop)]
+def with_end_tokens(deployment: Deployment, asked: list[int], most: int, bias: float) -> list[int]:
+    """Greedy tokens up to and with the model's end token 1, which is `bias` more likely than the model thinks."""
+    tokens = list(asked)
+    while len(tokens) < len(asked) + most and tokens[len(asked) :][-1:] != [1]:
+        logits = deployment.oracle.logprobs(tokens)[-1].tolist()
+        logits[1] += bias
+        tokens.append(logits.index(max(logits)))
+    return tokens[len(asked) :]
 
 
-def test_streamed_and_whole_answers_are_the_same(pair: Deployment) -> None:
-    body = {"prompt": prompt(90, 14), "max_tokens": 25, "temperature": 0, "ignore_eos": True}
-    whole = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=60).json()
-    assert "".join(stream(pair.url, body)[0]) == whole["choices"][0]["text"]
-    assert whole["usage"]["completion_tokens"] == 25
+def test_nothing_follows_the_end_token(pair: Deployment) -> None:
+    """Steps run one ahead of what is known, so a token after it is computed, and dropped."""
+    prompts = [prompt(20 + n, 300 + n) for n in range(24)]
+    want = [with_end_tokens(pair, x, 30, 4.0) for x in prompts]
+    ends = [len(tokens) for tokens in want]
+    assert min(ends) == 1 and any(1 < end < 30 for end in ends), ends
+    with pair.moved() as moved:
+        answers = pair.generate([ask(x, 30, ignore_eos=False, logit_bias={"1": 4.0}) for x in prompts])
+    for tokens, answer in zip(want, answers, strict=True):
+        meta = answer["meta_info"]
+        assert (tokens_of(answer), meta["completion_tokens"]) == (tokens, len(tokens))
+        ended = tokens[-1] == 1
+        assert meta["finish_reason"] == ({"type": "stop", "matched": 1} if ended else {"type": "length", "length": 30})
+    assert moved["d_late"] > 0, "no token had to be dropped: this test tested nothing"
+
+
+def test_a_stop_token_ends_the_answer_and_stays_in_it(llama: Deployment) -> None:
+    asked = prompt(33, 2)
+    want = llama.oracle.generate_logprobs(asked, 8).tokens
+    for stop in dict.fromkeys(want):
+        (answer,) = llama.generate([ask(asked, 12, stop_token_ids=[stop])])
+        assert tokens_of(answer) == want[: want.index(stop) + 1]
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def as_text(ids: list[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+#: Bytes that often make characters of two, three and four bytes, and often do not.
+ALPHABETS = ["é", "日", "🎉", "aé日🎉"]
+
+
+def garbled(alphabet: str, seed: int, count: int = 60) -> dict[str, Any]:
+    """Random bytes of `alphabet`."""
+    bias = {str(byte): 100.0 for byte in alphabet.encode()}
+    return ask(prompt(12, seed), count, temperature=50.0, seed=seed, logit_bias=bias)
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_a_character_of_several_tokens_streams_whole(llama: Deployment, alphabet: str) -> None:
+    bodies = [garbled(alphabet, seed) for seed in range(8)]
+    whole = llama.generate(bodies)
+    characters = split_between_instances = 0
+    for body, answer in zip(bodies, whole, strict=True):
+        ids = tokens_of(answer)
+        text = as_text(ids)
+        assert answer["text"] == text
+        for event in llama.stream("/generate", body):
+            assert text.startswith(event["text"]), "nothing is ever taken back"
+        assert event["text"] == text and event["output_ids"] == ids
+        characters += sum(ord(character) > 127 and character != "\ufffd" for character in text)
+        split_between_instances += ids[0] > 0xBF and text[0] != "\ufffd"
+    assert characters > 0
+    assert split_between_instances > 0 or alphabet != "é", "no character began on one side and ended on the other"
+
+
+def completion(body: dict[str, Any]) -> dict[str, Any]:
+    """The same question in OpenAI's words."""
+    sampling = dict(body["sampling_params"])
+    return {"prompt": body["input_ids"], "max_tokens": sampling.pop("max_new_tokens"), **sampling}
+
+
+def test_streamed_and_whole_completions_are_the_same(pair: Deployment) -> None:
+    for body in (completion(garbled("aé日🎉", 77)), completion(ask(prompt(90, 14), 25))):
+        whole = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=60).json()
+        events = pair.stream("/v1/completions", {**body, "stream_options": {"include_usage": True}})
+        deltas = [choice["text"] for event in events for choice in event["choices"]]
+        assert "".join(deltas) == whole["choices"][0]["text"]
+        for usage in (events[-1]["usage"], whole["usage"]):
+            assert usage["completion_tokens"] == body["max_tokens"]
+            assert usage["total_tokens"] == body["max_tokens"] + len(body["prompt"])
+
+
+def test_a_stop_string_across_tokens_never_leaks(llama: Deployment) -> None:
+    source = random.Random(8)
+    for seed in range(6):
+        body = garbled("aé日", seed, 40)
+        (answer,) = llama.generate([body])
+        whole = answer["text"]
+        for length in (1, 2, 3, 5):
+            at = source.randrange(len(whole) - length)
+            stops = [whole[at : at + length], "never there"]
+            want = whole[: whole.index(stops[0])]
+            stopping = {**body, "sampling_params": {**body["sampling_params"], "stop": stops}}
+            events = llama.stream("/generate", stopping)
+            assert all(want.startswith(event["text"]) for event in events)
+            assert events[-1]["text"] == want
+            assert events[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": stops[0]}
+            deltas = [
+                choice for event in llama.stream("/v1/completions", completion(stopping)) for choice in event["choices"]
+            ]
+            assert "".join(choice["text"] for choice in deltas) == want
+            assert deltas[-1]["finish_reason"] == "stop"
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_client_that_leaves_cancels_everywhere(llama: Deployment) -> None:
     body = {"prompt": prompt(60, 3), "max_tokens": 900, "temperature": 0, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{llama.url}/v1/completions", json=body, timeout=60) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        while metrics(llama.decode)[RUNNING] == 0:
+            next(lines)
     end = time.monotonic() + 5
-    while metrics(llama.decode)['pd_requests{state="running"}'] and time.monotonic() < end:
+    while metrics(llama.decode)[RUNNING] and time.monotonic() < end:
         time.sleep(0.05)
-    assert metrics(llama.decode)['pd_requests{state="running"}'] == 0
+    assert metrics(llama.decode)[RUNNING] == 0
 
 
 def test_a_request_that_names_no_prefill_is_503_under_never(llama: Deployment) -> None:
