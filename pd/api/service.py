@@ -65,7 +65,8 @@ async def main(config: ApiConfig, context: ChildContext) -> None:
         link = sockets.dial(
             zmq.DEALER,
             config.scheduler,
-            LinkOptions(reconnect=False, identity=b"api-%d" % config.worker),
+            # Patient: a starved machine must not cost an instance. A dead scheduler closes its connection anyway.
+            LinkOptions(reconnect=False, identity=b"api-%d" % config.worker, heartbeat_misses=10),
             monitored=True,
         )
         send: Codec[ApiToScheduler] = Codec(ApiToScheduler)

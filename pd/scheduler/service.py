@@ -78,7 +78,7 @@ class Service:
         self.api: Router[m.SchedulerToApi, m.ApiToScheduler] = Router(
             self.sockets.listen(zmq.ROUTER, config.api_endpoint, ipc), Codec(m.SchedulerToApi), Codec(m.ApiToScheduler)
         )
-        runner = LinkOptions(heartbeat=config.settings.control.link_heartbeat, heartbeat_misses=4, high_water=65536)
+        runner = LinkOptions(heartbeat=config.settings.control.link_heartbeat, heartbeat_misses=6, high_water=65536)
         self.steps: Channel[m.StepOrder, m.RunnerToScheduler] = Channel(
             self.sockets.listen(zmq.PAIR, config.step_endpoint, runner, monitored=True),
             Codec(m.StepOrder),
