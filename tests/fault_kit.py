@@ -21,12 +21,14 @@ DEADLINE, MARGIN = 5.0, 1.5
 COMEBACK = 60.0
 
 
-def eventually(check: Callable[[], object], bound: float, what: Callable[[], object] = lambda: "") -> None:
+def eventually(
+    check: Callable[[], object], bound: float, what: Callable[[], object] = lambda: "", *, every: float = 0.02
+) -> None:
     """Poll until `check` is true; a failure shows `what()`."""
     end = time.monotonic() + bound
     while not check():
         assert time.monotonic() < end, f"not within {bound:g} s: {what()}"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def child_name(process: psutil.Process) -> str:
@@ -128,7 +130,7 @@ class Ask:
     def _run(self) -> None:
         began = time.monotonic()
         try:
-            with httpx.Client(timeout=self.deadline + MARGIN) as client:
+            with httpx.Client(timeout=self.deadline + MARGIN, verify=False) as client:
                 self._ask(client)
         except httpx.TimeoutException as error:
             self.outcome, self.problem = "timeout", repr(error)
@@ -187,6 +189,7 @@ class Cluster:
 
     def __init__(self, command: Running, faults: Faults) -> None:
         self.command, self.faults, self.router = command, faults, command.url
+        self._http = httpx.Client(timeout=2.0, verify=False, headers={"connection": "close"})
         self.parent = psutil.Process(command.process.pid)
         self.names = ("prefill-0", "prefill-1", "decode-0", "decode-1")
         ready = {line["instance"]: line for line in command.logged("ready") if line.get("instance") in self.names}
@@ -209,7 +212,7 @@ class Cluster:
         return [find(find(self.parent, member), process)] if process else self.tree(member)
 
     def info(self, name: str, query: str = "") -> dict[str, Any]:
-        response = httpx.get(f"{self.urls[name]}/server_info{query}", timeout=2.0)
+        response = self._http.get(f"{self.urls[name]}/server_info{query}")
         response.raise_for_status()
         return dict(response.json())
 
@@ -229,8 +232,15 @@ class Cluster:
     def all_healthy(self) -> bool:
         """In the eyes of the router, which checks often."""
         try:
-            info = httpx.get(f"{self.router}/server_info", timeout=2.0).json()
+            info = self._http.get(f"{self.router}/server_info").json()
             healthy = [worker for worker in info["workers"] if worker["health"] == "healthy"]
             return len(healthy) == 4 and all(self.clean(name) for name in self.names)
         except httpx.HTTPError:
             return False
+
+    def wait_until_healthy(self) -> None:
+        """Every member serves, knows of it, and holds nothing."""
+        eventually(self.all_healthy, COMEBACK, lambda: [(name, self.books(name)) for name in self.names], every=0.2)
+
+    def close(self) -> None:
+        self._http.close()

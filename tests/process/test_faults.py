@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_kit import COMEBACK, DEADLINE, MARGIN, Ask, Cluster, Faults, eventually, gone, send
+from fault_kit import DEADLINE, MARGIN, Ask, Cluster, Faults, eventually, gone, send
 from oracle import tiny_model
 from up_kit import running
 
@@ -112,7 +112,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     command = [sys.executable, "-m", "pd", "up", model, *(str(part) for pair in settings.items() for part in pair)]
     root = str(Path(__file__).parents[2])
     with running(command, folder / "up", PYTHONPATH=root, PD_FAULT=str(faults.folder)) as up:
-        yield Cluster(up, faults)
+        made = Cluster(up, faults)
+        yield made
+        made.close()
 
 
 def prompt(tokens: int = 300) -> list[int]:
@@ -136,7 +138,7 @@ def serves(ask: Ask, text: str) -> None:
 
 @pytest.mark.parametrize("case", cases())
 def test_whoever_dies_or_freezes_requests_end_and_nothing_leaks(cluster: Cluster, case: Case) -> None:
-    eventually(cluster.all_healthy, COMEBACK, lambda: [(name, cluster.books(name)) for name in cluster.names])
+    cluster.wait_until_healthy()
     prompts = [prompt() for _ in range(3)]
     texts = references(cluster, *prompts)
     victims = cluster.victim(case.victim)
@@ -202,7 +204,7 @@ def check_survivors(cluster: Cluster, case: Case, began: float) -> None:
 
 def check_comeback(cluster: Cluster, case: Case, mine: list[int], text: str) -> None:
     """On its old addresses the victim works again, and is used again."""
-    eventually(cluster.all_healthy, COMEBACK, lambda: [(name, cluster.books(name)) for name in cluster.names])
+    cluster.wait_until_healthy()
     serves(Ask(cluster.router, mine, stream=True), text)
     last: list[Ask] = []
 
