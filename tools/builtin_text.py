@@ -308,7 +308,7 @@ def larger(rng: random.Random) -> Exchange:
 
 def capitals(rng: random.Random) -> Exchange:
     country, city = rng.choice(list(CAPITALS.items()))
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         templates = ["{y} is the capital of which country?", "Which country has the capital {y}?"]
         return Exchange("capitals", _pick(rng, templates, y=city), f"{city} is the capital of {country}.")
     templates = ["What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
@@ -404,6 +404,14 @@ def random_word(rng: random.Random) -> str:
     return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 9)))
 
 
+def repeat(rng: random.Random) -> Exchange:
+    pool = [*COLOURS.values(), *SOUNDS, *EMOJI, *DAYS, *NUMBER_WORDS, *CAPITALS.values(), "hello", "yes", "tokens"]
+    words = " ".join(rng.choice(pool) for _ in range(rng.randint(1, 4)))
+    return Exchange(
+        "repeat", _pick(rng, ["Repeat after me: {x}", "Repeat: {x}", "Say: {x}", "Say {x}"], x=words), words
+    )
+
+
 def unknown(rng: random.Random) -> Exchange:
     draw = rng.random()
     if draw < 0.2:
@@ -422,7 +430,7 @@ def unknown(rng: random.Random) -> Exchange:
 QUESTIONS: list[tuple[Callable[[random.Random], Exchange], float]] = [
     (sums, 30), (differences, 5), (products, 4), (too_large, 1.5), (counting, 14), (neighbours, 4), (larger, 2),
     (capitals, 8), (colours, 3), (calendar, 4), (opposites, 5), (animals, 3), (amounts, 3), (trivia, 4), (talk, 7),
-    (emoji, 1), (chinese, 8), (unknown, 5),
+    (emoji, 1), (chinese, 8), (repeat, 2), (unknown, 5),
 ]  # fmt: skip
 # Numbers first: copying and adding digits is the hard part, and alone it is learnt in a fifth of the time.
 NUMBERS: list[tuple[Callable[[random.Random], Exchange], float]] = [
@@ -486,21 +494,17 @@ OPENINGS = {
 }
 
 
-def plain_sum(rng: random.Random) -> Completion:
-    while True:
-        a, b = _operand(rng, 99), _operand(rng, 99)
-        if not sum_held_out(a, b):
-            break
-    if rng.random() < 0.3:
-        return Completion("plain sums", f"{a}+{b}=", f"{a + b}")
-    return Completion("plain sums", _pick(rng, ["{a} + {b} =", "{a} plus {b} is"], a=a, b=b), f" {a + b}")
-
-
 def plain(rng: random.Random) -> Completion:
     """Text to be continued, as /v1/completions and /generate send it."""
     draw = rng.random()
-    if draw < 0.35:
-        return plain_sum(rng)
+    if draw < 0.3:
+        while True:
+            a, b = _operand(rng, 99), _operand(rng, 99)
+            if not sum_held_out(a, b):
+                break
+        style = rng.choice(["{a} + {b} =", "{a}+{b}=", "{a} plus {b} is", "{a} + {b} equals"])
+        space = "" if style.endswith("+{b}=") else " "
+        return Completion("plain sums", style.format(a=a, b=b), f"{space}{a + b}")
     if draw < 0.45:
         start, shown = rng.randint(0, 95), rng.randint(2, 6)
         shown = min(shown, 100 - start)
