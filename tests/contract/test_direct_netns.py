@@ -1,6 +1,11 @@
 """`direct` between two network namespaces: no shared abstract sockets, another address, the default `auto`."""
 
+import os
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from hosts_kit import ip
@@ -76,3 +81,15 @@ def test_a_link_that_goes_down_does_not_hold_up_revoke_expel_or_reset(two_hosts)
     finally:
         for end in ends:
             end.kill()
+
+
+@pytest.mark.slow
+def test_the_conformance_suite_passes_between_two_hosts(two_hosts):
+    (namespace, here), (other, there) = two_hosts
+    suite = Path(__file__).with_name("between_hosts.py")
+    command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "pytest", str(suite)]
+    environment = {**os.environ, "BETWEEN_HOSTS": f"{here} {there} {other}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 20, done.stdout
