@@ -167,7 +167,10 @@ def test_sampling_with_a_seed_is_the_same_alone_in_a_batch_and_on_one_instance(
 
 
 def test_sampling_with_a_seed_is_the_same_after_a_retraction(qwen2: Deployment) -> None:
-    bodies = [ask(prompt(60, 700 + n), 100, seed=n, **WAYS[n]) for n in range(len(WAYS))]
+    # Few tokens to choose from, so that penalties, which count from the prompt's end, decide on the next one.
+    few = {str(token): 100.0 for token in range(60, 72)}
+    ways = [*WAYS[:4], *({"temperature": 1.0, "frequency_penalty": 2.0, "logit_bias": few} for _ in range(4))]
+    bodies = [ask(prompt(60, 700 + n), 100, seed=n, **way) for n, way in enumerate(ways)]
     with qwen2.moved() as moved:
         batch = qwen2.generate(bodies)
     assert moved["retractions"] > 0
