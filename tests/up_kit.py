@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-START_TIMEOUT, STOP_TIMEOUT = 90.0, 60.0
+START_TIMEOUT, STOP_TIMEOUT = 180.0, 60.0
 
 
 def environment(**more: str) -> dict[str, str]:

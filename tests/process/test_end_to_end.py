@@ -300,6 +300,22 @@ def test_streamed_and_whole_completions_are_the_same(pair: Deployment) -> None:
             assert usage["total_tokens"] == body["max_tokens"] + len(body["prompt"])
 
 
+def test_a_chat_streams_what_it_answers_as_a_whole(llama: Deployment) -> None:
+    sampling = garbled("é日", 5)["sampling_params"]
+    body = {
+        "messages": [{"role": "user", "content": "naïve 日本語?"}],
+        "max_tokens": sampling.pop("max_new_tokens"),
+        "logprobs": True,
+        **sampling,
+    }
+    whole = httpx.post(f"{llama.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+    events = llama.stream("/v1/chat/completions", body)
+    deltas = [choice["delta"].get("content") or "" for event in events for choice in event["choices"]]
+    raw = bytes(byte for token in whole["logprobs"]["content"] for byte in token["bytes"])
+    assert "".join(deltas) == whole["message"]["content"] == raw.decode(errors="replace")
+    assert any(ord(character) > 127 and character != "\ufffd" for character in whole["message"]["content"])
+
+
 def test_a_stop_string_across_tokens_never_leaks(llama: Deployment) -> None:
     source = random.Random(8)
     for seed in range(6):
