@@ -14,7 +14,8 @@ from typing import Any
 
 import structlog
 
-from pd.config import RouteConfig, ServeConfig, UpConfig
+from pd.api.server import bind
+from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, ProcessError
 from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check
 from pd.logs import configure
@@ -35,10 +36,19 @@ def run(config: UpConfig) -> int:
     check(config.serve, load_plugins())
     if not config.unified and not config.decode:
         raise ConfigError("--decode", "a cluster needs at least one decode or unified instance")
+    _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))
     except ProcessError as error:
         raise error.wrong_setting() or error from error
+
+
+def _check_port(http: HttpConfig) -> None:
+    """The router listens last, when every model is loaded: that its port is taken must be known before. ConfigError."""
+    try:
+        bind(http.host, http.port).close()
+    except OSError as error:
+        raise ConfigError("--port", f"cannot listen on {http.host}:{http.port}: {error}") from error
 
 
 def _greet(url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -32,6 +33,40 @@ def said(words: list[str], folder: Path) -> tuple[int, str]:
 def test_a_pool_that_does_not_fit(model: str, tmp_path: Path, command: str) -> None:
     code, line = said([command, model, "--port", "0", "--max-total-tokens", "999999999999"], tmp_path)
     assert line.startswith("pd: --max-total-tokens: 999999999999 tokens need ") and code == 2
+
+
+def test_a_cluster_whose_port_is_taken_starts_nothing(model: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, out, err = run(
+            [*PD, "up", model, "--port", port], tmp_path, {"PYTHONPATH": str(Path(__file__).parents[2])}
+        )
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith(f"pd: --port: cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize("command", ["serve", "up"])
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        ("", "no such directory"),
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "no weights"),
+    ],
+)
+def test_a_model_that_cannot_be_served(model: str, tmp_path: Path, command: str, broken: str, complaint: str) -> None:
+    """`broken`: the file that it lacks, "" for the whole directory."""
+    folder = tmp_path / "model"
+    if broken:
+        shutil.copytree(model, folder)
+        (folder / broken).unlink()
+    code, out, err = run(
+        [*PD, command, str(folder), "--port", "0"], tmp_path, {"PYTHONPATH": str(Path(__file__).parents[2])}
+    )
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert err.startswith(f"pd: model {folder}: ") and complaint in err
 
 
 @pytest.mark.parametrize(("flag", "more"), [("--port", ()), ("--control-port", ("--port", "0"))])
