@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -87,7 +87,7 @@ class _Children:
 
 
 async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready) -> int:
-    """Run one instance until `stop` is set (0) or a child dies (1).
+    """Run one instance until `stop` is set. Raises ProcessError when a child dies.
 
     `ready` gets its addresses once it takes requests.
     """
@@ -113,7 +113,7 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
         await asyncio.wait((stopped, died), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if died.done():
-            return await _after_death(children, died.result())
+            await _after_death(children, died.result())
         died.cancel()
         log.info("draining", bound=config.http.drain_timeout)
         # New requests are refused from here on; the api still carries what runs.
@@ -291,8 +291,8 @@ async def _healthy(host: str, port: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def _after_death(children: _Children, dead: Child) -> int:
-    """A child died: the others tell their clients and peers, within a bound, and the instance ends."""
+async def _after_death(children: _Children, dead: Child) -> NoReturn:
+    """A child died: the others tell their clients and peers, within a bound, and the instance ends. ProcessError."""
     log = structlog.get_logger()
     log.error("process_died", process=dead.name, how=dead.describe_exit())
     if dead is not children.scheduler:
@@ -300,4 +300,4 @@ async def _after_death(children: _Children, dead: Child) -> int:
         await asyncio.wait({children.scheduler.exited}, timeout=EXIT_TIMEOUT if dead is children.runner else 0)
         await children.scheduler.terminate(EXIT_TIMEOUT)
     await asyncio.gather(children.api.terminate(EXIT_TIMEOUT), children.runner.terminate(EXIT_TIMEOUT))
-    return 1
+    raise ProcessError(dead.name, f"died ({dead.describe_exit()})")

@@ -188,7 +188,9 @@ class Child:
 
 
 class _LineForwarder:
-    """Copies a child's output to this process's stderr in whole lines and remembers the last one."""
+    """Copies a child's output to this process's stderr in whole lines and remembers the last one, unless it is a log
+    line: that tells what the child was doing, not why it ended.
+    """
 
     _LONGEST = 1 << 16
 
@@ -219,7 +221,7 @@ class _LineForwarder:
     def _write(self, text: bytes) -> None:
         for line in reversed(text.splitlines()):
             if line.strip():
-                self.last_line = line.strip().decode(errors="replace")
+                self.last_line = "" if line.startswith(b'{"') else line.strip().decode(errors="replace")
                 break
         view = memoryview(text)
         while view:

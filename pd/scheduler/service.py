@@ -274,6 +274,8 @@ async def main(config: SchedulerProcessConfig, context: ChildContext) -> int:
         code, reason = await service.exit
         service.log.info("scheduler_exit", code=code, reason=reason)
         plugins.process_stopping("scheduler")
+        if code:
+            context.fail(f"the runner died: {reason}")
         await asyncio.sleep(LAST_WORDS)
         service.close()
     return code

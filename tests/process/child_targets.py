@@ -116,6 +116,13 @@ def chatter(plan: Plan, context: ChildContext) -> None:
     context.report_ready({})
 
 
+def mourned(plan: Plan, context: ChildContext) -> None:
+    """Prints `word` and then a line of its log, and is gone."""
+    print(plan.word)
+    print('{"event": "working", "level": "info"}', flush=True)
+    os._exit(3)
+
+
 def ready_twice(plan: Plan, context: ChildContext) -> None:
     context.report_ready({})
     context.report_ready({})

@@ -229,6 +229,15 @@ def test_a_child_ignores_the_terminals_interrupt(run_async: Run) -> None:
     run_async(main(), 30)
 
 
+def test_a_log_line_explains_no_death(run_async: Run) -> None:
+    async def main() -> None:
+        child = await Child.start(spec("mourned", Plan(word="something from before")))
+        assert await child.wait() == 3
+        assert child.describe_exit() == "exit code 3"
+
+    run_async(main(), 30)
+
+
 def test_output_passes_through_in_whole_lines(run_async: Run, capfd: pytest.CaptureFixture[str]) -> None:
     async def main() -> None:
         first, second = [await Child.start(spec("chatter", Plan(word=w * 40))) for w in "ab"]
