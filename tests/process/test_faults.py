@@ -46,7 +46,11 @@ FEW = {
     ("router", STOP): "decode-0.scheduler.got:Landed",
 }
 
-#: How a request of a victim may end; of a frozen router nothing comes, so the client gives up.
+#: Further victims, and where they are hit, in `make test-all`.
+MORE = ("decode-0", "decode-0's scheduler", "decode-0's api", "prefill-0's scheduler", "prefill-0's api")
+MORE_POINTS = ("prefill-0.runner.push", "decode-0.runner.step")
+
+#: How a request of a victim may end. From a frozen router or api nothing comes, so the client gives up.
 ENDS = {
     ("prefill-0", KILL): {"tokens"},
     ("prefill-0", STOP): {"tokens", "error"},
@@ -56,7 +60,20 @@ ENDS = {
     ("decode-0's runner", STOP): {"error", "cut"},
     ("router", KILL): {"cut"},
     ("router", STOP): {"timeout"},
+    ("decode-0", KILL): {"cut"},
+    ("decode-0", STOP): {"timeout"},
+    ("decode-0's scheduler", KILL): {"error", "cut"},
+    ("decode-0's scheduler", STOP): {"error", "cut"},
+    ("decode-0's api", KILL): {"cut"},
+    ("decode-0's api", STOP): {"timeout"},
+    ("prefill-0's scheduler", KILL): {"tokens"},
+    ("prefill-0's scheduler", STOP): {"tokens", "error"},
+    ("prefill-0's api", KILL): {"tokens"},
+    ("prefill-0's api", STOP): {"tokens"},
 }
+
+#: Through the router nobody waits beyond his deadline, whatever happens to a decode instance.
+ROUTED_ENDS = {"tokens", "error", "cut"}
 
 _seeds = itertools.count()
 
@@ -80,13 +97,14 @@ class Case:
 
 
 def cases() -> list[object]:
+    every = [*itertools.product(VICTIMS, (KILL, STOP), POINTS), *itertools.product(MORE, (KILL, STOP), MORE_POINTS)]
     return [
         pytest.param(
             Case(victim, number, point),
-            marks=[] if FEW[victim, number] == point else [pytest.mark.slow],
+            marks=[] if FEW.get((victim, number)) == point else [pytest.mark.slow],
             id=f"{number.name} of {victim} at {point}",
         )
-        for victim, number, point in itertools.product(VICTIMS, (KILL, STOP), POINTS)
+        for victim, number, point in every
     ]
 
 
@@ -146,10 +164,11 @@ def test_whoever_dies_or_freezes_requests_end_and_nothing_leaks(cluster: Cluster
     if case.victim == "router":
         asks = [Ask(cluster.router, ask.prompt, ask.stream) for ask in asks]
     bystander = cluster.ask(prompts[2], stream=True, decode=1, first=1)
+    routed = [Ask(cluster.router, ask.prompt, ask.stream) for ask in asks] if case.victim in MORE else []
 
     cluster.faults.arm(*case.points)
     began = time.monotonic()
-    for ask in (*asks, bystander):
+    for ask in (*asks, bystander, *routed):
         ask.start()
     try:
         cluster.faults.wait(case.points)
@@ -157,7 +176,8 @@ def test_whoever_dies_or_freezes_requests_end_and_nothing_leaks(cluster: Cluster
         if case.number is KILL:
             eventually(lambda: all(gone(victim) for victim in victims), 5.0)
         cluster.faults.release(*case.points)
-        check_ends(case, [ask.wait() for ask in asks], texts)
+        check_ends(ENDS[case.victim, case.number], [ask.wait() for ask in asks], texts)
+        check_ends(ROUTED_ENDS, [ask.wait() for ask in routed], texts)
         bystander.wait()
         assert (bystander.outcome, bystander.text) == ("tokens", texts[2]), bystander
         check_survivors(cluster, case, began)
@@ -170,9 +190,9 @@ def test_whoever_dies_or_freezes_requests_end_and_nothing_leaks(cluster: Cluster
         assert not {victim.pid for victim in victims} & {process.pid for process in cluster.victim(case.victim)}
 
 
-def check_ends(case: Case, asks: list[Ask], texts: list[str]) -> None:
+def check_ends(ends: set[str], asks: list[Ask], texts: list[str]) -> None:
     for ask, text in zip(asks, texts, strict=False):
-        assert ask.outcome in ENDS[case.victim, case.number], ask
+        assert ask.outcome in ends, ask
         assert ask.seconds <= DEADLINE + MARGIN + 0.5, ask
         assert text.startswith(ask.text), ask  # never a wrong token, even before an error
         if ask.outcome == "tokens":
