@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from up_kit import Running
+from oracle import tiny_model
+from up_kit import Running, running
 
 #: What every request asks for by x-request-timeout, and how much later a client may know, seconds.
 DEADLINE, MARGIN = 5.0, 1.5
@@ -244,3 +247,30 @@ class Cluster:
 
     def close(self) -> None:
         self._http.close()
+
+
+@contextmanager
+def fault_cluster(folder: Path, *more: str) -> Iterator[Cluster]:
+    """A cluster with a tiny model and fault points, quick to notice and to restart. `more` settings come last."""
+    model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=1024)
+    faults = Faults(folder / "points")
+    settings = {
+        "--prefill": 2,
+        "--decode": 2,
+        "--port": 0,
+        "--dtype": "float32",
+        "--max-total-tokens": 20000,
+        "--chunked-prefill-size": 64,
+        "--local-prefill": "fallback",
+        "--heartbeat-interval": 0.5,
+        "--health-interval": 0.3,
+        "--health-timeout": 1,
+        "--drain-timeout": 5,
+        "--log-format": "json",
+    }
+    command = [sys.executable, "-m", "pd", "up", model, *(str(part) for pair in settings.items() for part in pair)]
+    root = str(Path(__file__).parents[1])
+    with running([*command, *more], folder / "up", PYTHONPATH=root, PD_FAULT=str(faults.folder)) as up:
+        made = Cluster(up, faults)
+        yield made
+        made.close()

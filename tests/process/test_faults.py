@@ -5,16 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from fault_kit import DEADLINE, MARGIN, Ask, Cluster, Faults, eventually, gone, send
-from oracle import tiny_model
-from up_kit import running
+from fault_kit import DEADLINE, MARGIN, Ask, Cluster, eventually, fault_cluster, gone, send
 
 pytestmark = pytest.mark.process
 
@@ -110,29 +106,8 @@ def cases() -> list[object]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("faults")
-    model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=1024)
-    faults = Faults(folder / "points")
-    settings = {
-        "--prefill": 2,
-        "--decode": 2,
-        "--port": 0,
-        "--dtype": "float32",
-        "--max-total-tokens": 20000,
-        "--chunked-prefill-size": 64,
-        "--local-prefill": "fallback",
-        "--heartbeat-interval": 0.5,
-        "--health-interval": 0.3,
-        "--health-timeout": 1,
-        "--drain-timeout": 5,
-        "--log-format": "json",
-    }
-    command = [sys.executable, "-m", "pd", "up", model, *(str(part) for pair in settings.items() for part in pair)]
-    root = str(Path(__file__).parents[2])
-    with running(command, folder / "up", PYTHONPATH=root, PD_FAULT=str(faults.folder)) as up:
-        made = Cluster(up, faults)
-        yield made
-        made.close()
+    with fault_cluster(tmp_path_factory.mktemp("faults")) as found:
+        yield found
 
 
 def prompt(tokens: int = 300) -> list[int]:
