@@ -158,7 +158,8 @@ class _Plan:
             self.incarnation,
             config.transfer.transfer,
             context_length=self.model.context_length,
-            http=f"http://{config.http.host}:{config.http.port}" if config.http.port else self.name,
+            # The same before and after a restart, by which a free port becomes a known one.
+            http=config.name or (f"http://{config.http.host}:{config.http.port}" if config.http.port else self.name),
             scheduler=config.scheduler,
             cache=config.cache,
             control=replace(config.control, cluster_secret=""),

@@ -33,8 +33,8 @@ from pd.messages import (
 from pd.types import FinishReason, InstanceState, Load
 
 #: Longer than the scheduler's own bounds, so that its answer comes first when it is alive.
-GRACE_S = 5.0
-SWEEP_S = 1.0
+GRACE_S = 1.0
+SWEEP_S = 0.25
 
 _WORKER_SHIFT = 40
 
