@@ -240,11 +240,13 @@ def test_a_match_is_the_longest_common_prefix_with_anything_inserted(known: list
 def test_the_tree_never_exceeds_its_size_and_forgets_the_oldest_first(known: list[str], nodes: int) -> None:
     limit = nodes * (NODE_COST + 12)
     tree = PrefixTree(limit)
-    for text in known:
+    for index, text in enumerate(known):
         tree.insert(text)
         assert tree.size <= limit
         check(tree)
-        if 2 * (NODE_COST + 12) <= limit:
+        # Its path has a node for each place at which an earlier text left it, and one for its end.
+        nodes_of_path = len({common(text, other) for other in known[:index]} | {len(text)})
+        if nodes_of_path * NODE_COST + len(text) <= limit:
             assert tree.match(text) == len(text)  # the youngest is there
 
 
