@@ -34,8 +34,6 @@ def run(config: UpConfig) -> int:
     log = config.serve.log
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
     check(config.serve, load_plugins())
-    if not config.unified and not config.decode:
-        raise ConfigError("--decode", "a cluster needs at least one decode or unified instance")
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

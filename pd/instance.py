@@ -254,12 +254,13 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
     """Until runner and api are up; the death of any child ends the wait."""
     waits = [asyncio.ensure_future(child.ready(START_TIMEOUT)) for child in (children.runner, children.api)]
     exits = asyncio.ensure_future(children.one_exits())
+    pending = set(waits)
     try:
-        while not all(wait.done() for wait in waits):
-            await asyncio.wait((*waits, exits), return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                if wait.done():
-                    wait.result()
+        while pending:
+            done, _ = await asyncio.wait((*pending, exits), return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending & done:
+                wait.result()
+            pending -= done
             if exits.done():
                 child = exits.result()
                 if child is children.scheduler:  # it ends when the runner does, whose own word is the one to tell
@@ -268,8 +269,6 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
                         if wait.done():
                             wait.result()
                 raise ProcessError(child.name, f"died during start-up ({child.describe_exit()})", child.exited.result())
-            if waits and all(wait.done() for wait in waits):
-                break
     finally:
         for task in (*waits, exits):
             task.cancel()

@@ -461,8 +461,7 @@ class RankInfo(msgspec.Struct, frozen=True, array_like=True):
     layers: tuple[int, int]
     kv_heads: tuple[int, int]
     identity: str
-    descriptor: bytes
-    checksum: int  # blake2b-64 of the descriptor
+    descriptor: bytes  # begins with a checksum of itself
 
 
 class KvGroup(msgspec.Struct, frozen=True, array_like=True):

@@ -18,7 +18,7 @@ GROUP = m.KvGroup(0, (0, 2), PAGE, 8, "float32")
 
 def rank(instance: str, incarnation: int, number: int = 0, heads: tuple[int, int] = (0, 2)) -> m.RankInfo:
     identity = f"{instance}.{incarnation}.{number}"
-    return m.RankInfo(0, number, (0, 2), heads, identity, b"descriptor of " + identity.encode(), 7)
+    return m.RankInfo(0, number, (0, 2), heads, identity, b"descriptor of " + identity.encode())
 
 
 def identity(instance: str, incarnation: int = 1, ranks: int = 1, **changes: Any) -> LocalIdentity:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
-
-import uvloop
 
 from pd.child import ChildContext
 from pd.config import RouteConfig
@@ -23,6 +18,7 @@ from pd.router.operations import LocalAnswer, Operations, Refusal
 from pd.router.proxy import Core, Exchange
 from pd.router.selection import PolicyEntry, Selection
 from pd.router.workers import Fleet
+from pd.supervise import run_until_signalled
 
 log = get_logger()
 
@@ -170,50 +166,20 @@ async def _owned(client: ClientConnection, work: Coroutine[Any, Any, None]) -> N
 
 async def main(config: RouteConfig, context: ChildContext) -> int:
     """Process target of `pd up`: reports what `serve` says, and stops when the parent asks."""
-    await _serve_with_plugins(config, context.report_ready, context.stopping)
-    return 0
+    return await _serve_with_plugins(config, context.report_ready, context.stopping)
 
 
 def run(config: RouteConfig) -> int:
     """The `pd route` command. Returns the exit code; raises ConfigError and PluginError."""
     configure("router", "", config.log)
-    with _unwrapped(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_until_signalled(config))
-    return 0
+    return run_until_signalled(lambda stop: _serve_with_plugins(config, lambda _: None, stop))
 
 
-async def _serve_until_signalled(config: RouteConfig) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():  # the second one kills
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    await _serve_with_plugins(config, lambda _: None, stop)
-
-
-async def _serve_with_plugins(
-    config: RouteConfig, ready: Callable[[dict[str, Any]], None], stop: asyncio.Event
-) -> None:
+async def _serve_with_plugins(config: RouteConfig, ready: Callable[[dict[str, Any]], None], stop: asyncio.Event) -> int:
     plugins = load_plugins()
     plugins.process_started("router", config)
     try:
         await serve(config, ready, stop, plugins.policies())
     finally:
         plugins.process_stopping("router")
-
-
-@contextlib.contextmanager
-def _unwrapped() -> Iterator[None]:
-    """A TaskGroup wraps what went wrong; an only error is what the user should see."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:
-            raise group.exceptions[0] from None
-        raise
+    return 0

@@ -16,8 +16,9 @@ import numpy as np
 from pd.errors import ProtocolError
 from pd.messages import Admit, Push, StepDone, StepOrder
 from pd.scheduler.blocks import BlockPool
+from pd.scheduler.handoff_base import to_i32
 from pd.scheduler.prefix import PrefixCache
-from pd.scheduler.request import Request, State, int32_bytes
+from pd.scheduler.request import Request, State
 
 DEPTH = 2
 
@@ -127,7 +128,7 @@ class Batcher:
                 bytes(request.tokens),
                 request.prompt_len,
                 computed,
-                int32_bytes(request.blocks),
+                to_i32(request.blocks),
                 request.sampling,
                 request.choices,
                 -1 if request.started else request.logprob_start,
@@ -221,7 +222,7 @@ class Batcher:
         self._admit = []
         if grow:
             order.grow_keys_i64 = np.array([r.key for r, _ in grow], dtype="<i8").tobytes()
-            order.grow_blocks_i32 = int32_bytes([block for _, block in grow])
+            order.grow_blocks_i32 = to_i32([block for _, block in grow])
         if chunks:
             self._add_chunks(order, chunks)
         self.inflight.append(InFlight(self.step, now, rows, epochs, chunks))
@@ -332,12 +333,12 @@ class Batcher:
 
     def _add_chunks(self, order: StepOrder, chunks: list[Chunk]) -> None:
         order.rows_i64 += np.array([c.request.key for c in chunks], dtype="<i8").tobytes()
-        order.counts_i32 += int32_bytes([c.size for c in chunks])
+        order.counts_i32 += to_i32([c.size for c in chunks])
         order.sample_u8 += bytes(int(c.last) for c in chunks)
         if self.limits.digests:
             done = [(c.request.blocks[page], valid) for c in chunks for page, valid in c.pages]
-            order.complete_i32 = int32_bytes([block for block, _ in done])
-            order.complete_tokens_i32 = int32_bytes([valid for _, valid in done])
+            order.complete_i32 = to_i32([block for block, _ in done])
+            order.complete_tokens_i32 = to_i32([valid for _, valid in done])
 
     # --- results ---
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pd.config import CacheConfig, ControlConfig, SchedulerConfig
-from pd.messages import Finish, Push, Rejected, RunnerReady
-from pd.scheduler.actions import Action, Log, Reply
+from pd.messages import Finish, Push, RunnerReady
+from pd.scheduler.actions import Action, Log
 from pd.scheduler.batch import Batcher, BatchLimits
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.outputs import Outputs
@@ -63,7 +63,6 @@ class Stats:
     computed: int = 0
     cached: int = 0
     landed: int = 0
-    pushed_bytes: int = 0
     steps: int = 0
     compute_us: int = 0
     late_tokens: int = 0  # dropped: of finished, cancelled or retracted requests
@@ -180,9 +179,6 @@ class Core:
 
     def fail(self, request: Request, message: str, status: int = 503) -> None:
         self.finish(request, Finish(FinishReason.ERROR, message=message, status=status))
-
-    def reject(self, key: int, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        self.out.append(Reply(key >> 40, Rejected(key, status, message, param, code)))
 
     def log(self, event: str, **fields: object) -> None:
         self.out.append(Log(event, tuple(fields.items())))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from pd.messages import InstanceInfo, KvGroup, RankInfo, Rejected, RunnerReady, Unwelcome
 from pd.scheduler.actions import RefusePeer, Reply
 from pd.scheduler.core import Core
@@ -17,21 +15,9 @@ from pd.types import InstanceState, Load, Role
 LAYOUT = "block,kv_head,layer,kv,token,head_dim"
 
 
-def descriptor_checksum(descriptor: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(descriptor, digest_size=8).digest(), "little")
-
-
 def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
     settings, model = core.settings, ready.model
-    rank = RankInfo(
-        0,
-        ready.rank,
-        ready.layers,
-        ready.kv_heads,
-        ready.identity,
-        ready.descriptor,
-        descriptor_checksum(ready.descriptor),
-    )
+    rank = RankInfo(0, ready.rank, ready.layers, ready.kv_heads, ready.identity, ready.descriptor)
     group = KvGroup(0, ready.layers, core.page_size, model.head_dim, model.dtype)
     return LocalIdentity(
         instance=settings.instance,

@@ -6,8 +6,6 @@ import enum
 import heapq
 from collections.abc import Iterator
 
-import numpy as np
-
 from pd.messages import Finish, FirstChoice, PromptLogprobs, TokenLogprobs, TopLogprobs
 from pd.types import FinishReason, HandoffId, SamplingParams
 
@@ -162,10 +160,6 @@ class Request:
 
 def first_choices(request: Request, tokens: list[int], logprobs: list[TokenLogprobs | None]) -> list[FirstChoice]:
     return [FirstChoice(t, lp, request.first_finish(t)) for t, lp in zip(tokens, logprobs, strict=True)]
-
-
-def int32_bytes(values: list[int]) -> bytes:
-    return np.array(values, dtype="<i4").tobytes()
 
 
 class WaitingQueue:

@@ -7,7 +7,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -97,7 +97,7 @@ class Service:
         self.endpoint = ""
         if config.settings.role is Role.PREFILL:
             self.endpoint = self._listen(control.control_port)
-        settings = SchedulerSettings(**{**vars(config.settings), "control_endpoint": self.endpoint})
+        settings = replace(config.settings, control_endpoint=self.endpoint)
         self.scheduler = Scheduler(settings)
 
     def _listen(self, port: int) -> str:

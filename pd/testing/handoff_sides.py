@@ -38,7 +38,7 @@ def make_identity(name: str, incarnation: int, ranks: int) -> LocalIdentity:
     for r in range(ranks):
         heads = (HEADS * r // ranks, HEADS * (r + 1) // ranks)
         identity = f"{name}.{incarnation}.{r}"
-        infos.append(m.RankInfo(0, r, (0, 2), heads, identity, identity.encode(), 0))
+        infos.append(m.RankInfo(0, r, (0, 2), heads, identity, identity.encode()))
     group = m.KvGroup(0, (0, 2), PAGE, 8, "float32")
     return LocalIdentity(name, incarnation, "model", PAGE, "block-major", "sum64", "sim", infos, [group])
 

@@ -524,7 +524,7 @@ def test_goodbye_of_a_peer_ends_its_session() -> None:
 
 def test_one_source_rank_per_kv_head() -> None:
     def rank(number: int, heads: tuple[int, int], layers: tuple[int, int] = (0, 4)) -> m.RankInfo:
-        return m.RankInfo(0, number, layers, heads, f"r{number}", b"", 0)
+        return m.RankInfo(0, number, layers, heads, f"r{number}", b"")
 
     four = [rank(i, (2 * i, 2 * i + 2)) for i in range(4)]
     assert source_ranks(four, rank(0, (0, 8))) == (0, 1, 2, 3)
