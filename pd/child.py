@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -39,6 +40,7 @@ class Boot(msgspec.Struct):
     log: LogConfig
     parent: int
     path: list[str]
+    pulse: float  # seconds between two signs of life, 0 for none
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -49,7 +51,11 @@ class Failure(msgspec.Struct, tag=True):
     reason: str
 
 
-Report: TypeAlias = Ready | Failure
+class Alive(msgspec.Struct, tag=True):
+    """The event loop has run."""
+
+
+Report: TypeAlias = Ready | Failure | Alive
 
 
 class ChildContext:
@@ -113,6 +119,15 @@ class ChildContext:
         for callback in self._callbacks:
             callback()
 
+    async def pulse(self, interval: float) -> None:
+        """Tell the parent for ever that this event loop runs. A parent that does not read is no reason to wait."""
+        alive = pack_frame(msgspec.msgpack.encode(Alive()))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone, and so are we in a moment
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    self._channel.send(alive, socket.MSG_DONTWAIT)
+                await asyncio.sleep(interval)
+
     def _report(self, report: Report) -> None:
         self._channel.sendall(pack_frame(msgspec.msgpack.encode(report)))
 
@@ -139,7 +154,7 @@ def child_main(argv: list[str]) -> int:
         config = msgspec.msgpack.decode(boot.config, type=_resolve(boot.config_type))
         if is_dataclass(config):
             logs.configure(boot.name, boot.instance, boot.log, secrets=secret_values(config))
-        result = _run(_resolve(boot.target), config, context)
+        result = _run(_resolve(boot.target), config, context, boot.pulse)
     except Exception as error:
         cause = _first_leaf(error)
         if not isinstance(cause, PdError):
@@ -149,14 +164,20 @@ def child_main(argv: list[str]) -> int:
     return result or (1 if context.failure is not None else 0)
 
 
-def _run(target: Callable[[Any, ChildContext], Any], config: Any, context: ChildContext) -> int | None:
+def _run(target: Callable[[Any, ChildContext], Any], config: Any, context: ChildContext, pulse: float) -> int | None:
     if not inspect.iscoroutinefunction(target):
         signal.signal(signal.SIGTERM, lambda *_: context.request_stop())
         return target(config, context)
 
     async def main() -> int | None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, context.request_stop)
-        return await target(config, context)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, context.request_stop)
+        beating = loop.create_task(context.pulse(pulse)) if pulse else None
+        try:
+            return await target(config, context)
+        finally:
+            if beating is not None:
+                beating.cancel()
 
     import uvloop  # not needed by plain mains
 

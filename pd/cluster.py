@@ -1,7 +1,7 @@
 """`pd up`: a local cluster in one command: prefill and decode instances and a router, each a process tree of its own.
 
-An instance that dies is started again, with back-off, on the same ports and as a new incarnation; so is the router.
-On a signal the router stops first, then decode, then prefill, each drained within a bound.
+An instance that dies or hangs is started again, with back-off, on the same ports and as a new incarnation; so is the
+router. On a signal the router stops first, then decode, then prefill, each drained within a bound.
 """
 
 from __future__ import annotations
@@ -65,13 +65,15 @@ class Member:
     config: Any
     pin: Callable[[Any, dict[str, Any]], Any]
     drain: float
+    silence: float = 0.0
     child: Child | None = None
     addresses: dict[str, Any] | None = None
     failures: int = 0
 
     async def start(self) -> dict[str, Any]:
         """Start and wait until it is ready. Raises ProcessError."""
-        spec = ChildSpec(self.name, self.target, self.config, instance=self.name, log=self.config.log)
+        log = self.config.log
+        spec = ChildSpec(self.name, self.target, self.config, instance=self.name, log=log, silence=self.silence)
         self.child = await Child.start(spec)
         self.addresses = await self.child.ready(START_TIMEOUT)
         self.config = self.pin(self.config, self.addresses)
@@ -102,8 +104,8 @@ def members(config: UpConfig) -> list[Member]:
             continue
         for index in range(count):
             serve = replace(config.serve, role=role, name=f"{role}-{index}")
-            drain = serve.http.drain_timeout
-            found.append(Member(f"{role}-{index}", "pd.instance:main", serve, _pin_instance, drain))
+            drain, silence = serve.http.drain_timeout, serve.control.watchdog_timeout
+            found.append(Member(f"{role}-{index}", "pd.instance:main", serve, _pin_instance, drain, silence))
     return found
 
 
@@ -148,7 +150,8 @@ def _router(config: UpConfig, instances: list[Member]) -> Member:
         return tuple(m.addresses["url"] for m in instances if m.addresses and m.config.role in roles)
 
     route = replace(config.route, prefill=urls("prefill"), decode=urls("decode", "unified"))
-    return Member("router", "pd.router.service:main", route, _pin_router, route.http.drain_timeout)
+    silence = config.serve.control.watchdog_timeout
+    return Member("router", "pd.router.service:main", route, _pin_router, route.http.drain_timeout, silence)
 
 
 async def _watch(cluster: list[Member], restart: bool, stop: asyncio.Event) -> None:

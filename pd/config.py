@@ -176,6 +176,12 @@ class ControlConfig:
     heartbeat_max_failure: int = setting(
         2, "missed heartbeats before a peer is lost", env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",), at_least=1
     )
+    watchdog_timeout: float = setting(
+        10.0,
+        "a process whose event loop gives no sign of life for so long is ended by its parent (0: never)",
+        unit="s",
+        at_least=0,
+    )
     link_heartbeat: float = setting(
         0.5, "ZMQ heartbeats: a frozen peer is lost after three", unit="s", readme=False, above=0
     )

@@ -2,17 +2,15 @@
 
 Start: the model directory is checked before anything is opened; then the scheduler binds its sockets, and the runner
 and the api attach to it. End: on a signal the scheduler drains, then the api and the runner stop. When any child dies
-the instance ends with exit code 1: a runner's memory or a scheduler's decisions cannot be replaced inside one
-incarnation.
+or hangs (the scheduler watches its runner, the parent the other two), the instance ends with exit code 1: a runner's
+memory or a scheduler's decisions cannot be replaced inside one incarnation.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -34,7 +32,7 @@ from pd.process import Child, ChildSpec
 from pd.runner.config import RunnerConfig
 from pd.scheduler.core import SchedulerSettings
 from pd.scheduler.service import SchedulerProcessConfig
-from pd.supervise import run_until_signalled
+from pd.supervise import run_until_signalled, socket_folder
 from pd.types import ModelInfo, Role
 
 #: Loading weights takes the longest; a process that has not reported by then hangs.
@@ -95,10 +93,9 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
     host = control_host(config)
     name = config.name or f"{socket.gethostname()}:{config.http.port or os.getpid()}"
     incarnation = time.time_ns() // 1_000_000
-    plan = _Plan(config, model, name, incarnation, host, Path(tempfile.mkdtemp(prefix="pd-")))
     log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
     async with AsyncExitStack() as resources:
-        resources.callback(shutil.rmtree, plan.folder, ignore_errors=True)
+        plan = _Plan(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
         try:
             children = await _start(plan, resources, stop)
         except ProcessError as error:
@@ -147,8 +144,8 @@ class _Plan:
     def _endpoint(self, name: str) -> str:
         return f"ipc://{self.folder / name}"
 
-    def _spec(self, name: str, target: str, config: Any, **env: str) -> ChildSpec:
-        return ChildSpec(name, target, config, instance=self.name, log=self.config.log, env=env)
+    def _spec(self, name: str, target: str, config: Any, silence: float = 0.0) -> ChildSpec:
+        return ChildSpec(name, target, config, instance=self.name, log=self.config.log, silence=silence)
 
     def scheduler(self) -> ChildSpec:
         config = self.config
@@ -175,7 +172,7 @@ class _Plan:
             log=config.log,
             fault=fault_prefix(config.fault, self.name, "scheduler"),
         )
-        return self._spec("scheduler", "pd.scheduler.service:main", process)
+        return self._spec("scheduler", "pd.scheduler.service:main", process, config.control.watchdog_timeout)
 
     def runner(self) -> ChildSpec:
         config = self.config
@@ -214,7 +211,7 @@ class _Plan:
                 "local_prefill": config.scheduler.local_prefill,
             },
         )
-        return self._spec("api", "pd.api.service:main", process)
+        return self._spec("api", "pd.api.service:main", process, config.control.watchdog_timeout)
 
     @property
     def addresses(self) -> dict[str, Any]:

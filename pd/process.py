@@ -6,8 +6,9 @@ returns when `context.stopping` is set. A child starts as `python -m pd.child`; 
 
 Parent and child share a socket pair. The settings travel over it, not in argv, since they may hold the cluster
 secret; the child reports over it; its end tells the child that the parent is gone where the kernel's parent-death
-signal does not. A child's stdout and stderr pass through the parent line by line, so that the last line can explain
-its death.
+signal does not. An async child may be watched: when its event loop gives no sign of life it is aborted, which prints
+where each of its threads stood. A child's stdout and stderr pass through the parent line by line, so that the last
+line can explain its death.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from typing import Any
 
 import msgspec
 
-from pd.child import Boot, ChildContext, Failure, Ready, Report, pack_frame, take_frame
+from pd.child import Alive, Boot, ChildContext, Failure, Ready, Report, pack_frame, take_frame
 from pd.config import LogConfig
 from pd.errors import ProcessError
 
 __all__ = ["Child", "ChildContext", "ChildSpec"]
 
 _KILL_BOUND = 10.0  # seconds between SIGKILL and giving up: the kernel may have to tear down device memory
+_LOOKS = 4  # at a watched child within its `silence`. Looks are counted, not seconds: this process may be stopped, too
+_ABORT_BOUND = 1.0  # seconds between SIGABRT and SIGKILL for a child that hangs: a stopped process does not abort
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class ChildSpec:
     """What to start. `target` is "module:function"; `config` any dataclass or msgspec struct of a module that the
     child can import. `env` is added to this process's environment, before the child imports anything. `log.log_format`
     "auto" means JSON in a child: resolve it first where the parent has a terminal.
+
+    `silence`: once it is ready, an async child whose event loop has not run for about so many seconds counts as hung
+    and is ended; 0 watches nothing.
     """
 
     name: str
@@ -47,6 +53,7 @@ class ChildSpec:
     instance: str = ""
     log: LogConfig = field(default_factory=LogConfig)
     env: Mapping[str, str] = field(default_factory=dict)
+    silence: float = 0.0
 
 
 class Child:
@@ -70,6 +77,8 @@ class Child:
         self._received = bytearray()
         self._reports = msgspec.msgpack.Decoder(Report)
         self._loop = asyncio.get_running_loop()
+        self._silence, self._silent_looks = spec.silence, 0
+        self._next_look: asyncio.TimerHandle | None = None
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._on_exit)
         self._loop.add_reader(channel.fileno(), self._on_report)
@@ -162,8 +171,23 @@ class Child:
                 self._ready = data
                 if not self._ready_or_exited.done():
                     self._ready_or_exited.set_result(None)
+                if self._silence:
+                    self._look_again()
             case Failure(reason):
                 self.failure = reason
+            case Alive():
+                self._silent_looks = 0
+
+    def _look_again(self) -> None:
+        self._next_look = self._loop.call_later(self._silence / _LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._silent_looks += 1
+        if self._silent_looks <= _LOOKS:
+            return self._look_again()
+        self.failure = self.failure or f"its event loop gave no sign of life for {self._silence:g} s"
+        self._process.send_signal(signal.SIGABRT)
+        self._next_look = self._loop.call_later(_ABORT_BOUND, self.kill)
 
     def _on_output(self) -> None:
         if not self._output.forward():
@@ -176,6 +200,8 @@ class Child:
         # What it said last is in the pipes; its own children may hold their other ends, so there is no waiting for EOF.
         self._on_report()
         self._output.forward()
+        if self._next_look is not None:
+            self._next_look.cancel()
         self._loop.remove_reader(self._pidfd)
         self._loop.remove_reader(self._channel.fileno())
         self._loop.remove_reader(self._output.fd)
@@ -278,6 +304,7 @@ def _boot_frame(spec: ChildSpec) -> bytes:
         config=msgspec.msgpack.encode(spec.config),
         log=spec.log,
         parent=os.getpid(),
+        pulse=spec.silence / (2 * _LOOKS),
         # Some entries are names of import hooks rather than paths.
         path=[os.path.abspath(entry) if os.path.exists(entry or ".") else entry for entry in sys.path],
     )

@@ -149,3 +149,11 @@ def hold_the_interpreter(plan: Plan, context: ChildContext) -> None:
 def slow_thread_at_exit(plan: Plan, context: ChildContext) -> None:
     threading.Thread(target=time.sleep, args=(60,)).start()
     context.report_ready({})
+
+
+async def stuck_loop(plan: Plan, context: ChildContext) -> None:
+    """Its event loop runs for half a second, slow to start as it is, and never again."""
+    time.sleep(1.0)  # noqa: ASYNC251
+    context.report_ready({})
+    await asyncio.sleep(0.5)
+    time.sleep(60)  # noqa: ASYNC251

@@ -25,10 +25,10 @@ BOUND = 25.0
 
 
 @contextmanager
-def instance(folder: Path) -> Iterator[Running]:
+def instance(folder: Path, *more: str) -> Iterator[Running]:
     model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=1024)
     command = [sys.executable, "-m", "pd", "serve", model, "--port", "0", "--dtype", "float32"]
-    command += ["--max-total-tokens", "4000", "--log-format", "json"]
+    command += ["--max-total-tokens", "4000", "--log-format", "json", *more]
     with running(command, folder / "serve", ready=r'"url": "(http://[^"]+)"', PYTHONPATH=ROOT) as serve:
         yield serve
 
@@ -60,12 +60,14 @@ def case(number: signal.Signals, name: str, last_words: str, *marks: pytest.Mark
         case(signal.SIGKILL, "scheduler", "scheduler: died (killed by SIGKILL)"),
         case(signal.SIGSTOP, "scheduler", "the scheduler is gone: its connection ended", pytest.mark.slow),
         case(signal.SIGKILL, "api", "api: died (killed by SIGKILL)", pytest.mark.slow),
+        case(signal.SIGSTOP, "api", "api: died (killed by SIGKILL: its event loop gave no sign of life for 4 s)"),
     ],
 )
 def test_an_instance_whose_part_dies_or_freezes_ends_and_says_why(
     tmp_path: Path, number: signal.Signals, name: str, last_words: str
 ) -> None:
-    with instance(tmp_path) as serve:
+    more = ["--watchdog-timeout", "4"] if (name, number) == ("api", signal.SIGSTOP) else []
+    with instance(tmp_path, *more) as serve:
         everyone, ask = parts(serve), streaming(serve)
         everyone[name].send_signal(number)
         assert serve.process.wait(BOUND) == 1

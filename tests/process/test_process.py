@@ -315,6 +315,43 @@ def test_the_end_of_the_pipe_alone_also_ends_a_child(run_async: Run) -> None:
     run_async(main(), 30)
 
 
+def test_a_child_whose_loop_is_stuck_is_aborted_and_shows_where(
+    run_async: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        child = await Child.start(spec("stuck_loop", silence=0.4))
+        await child.ready(20)  # the slow start is no hang
+        assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGABRT
+        assert child.describe_exit() == "killed by SIGABRT: its event loop gave no sign of life for 0.4 s"
+
+    run_async(main(), 30)
+    assert "in stuck_loop" in capfd.readouterr().err
+
+
+def test_a_frozen_child_that_is_watched_is_killed(run_async: Run) -> None:
+    async def main() -> None:
+        child = await Child.start(spec("echo", silence=0.4))
+        await child.ready(20)
+        os.kill(child.pid, signal.SIGSTOP)
+        assert await asyncio.wait_for(child.wait(), 10) == -signal.SIGKILL
+        assert "no sign of life" in child.describe_exit()
+
+    run_async(main(), 30)
+
+
+def test_a_watched_child_outlives_silence_of_its_parent_and_is_left_alone_while_it_runs(run_async: Run) -> None:
+    async def main() -> None:
+        child = await Child.start(spec("echo", silence=0.8))
+        await child.ready(20)
+        # As if this process had been stopped: looks that did not happen do not count.
+        time.sleep(1.6)  # noqa: ASYNC251
+        await asyncio.sleep(1.6)
+        assert not child.exited.done()
+        assert await child.terminate(10) == 0
+
+    run_async(main(), 30)
+
+
 def test_a_plain_child_starts_quickly(run_async: Run) -> None:
     async def main() -> None:
         best = 99.0
