@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_kit import Ask, child_name, eventually, gone
+from fault_kit import Ask, child_name, eventually, find, gone
 from oracle import tiny_model
 from up_kit import Running, running
 
@@ -77,3 +77,19 @@ def test_an_instance_whose_part_dies_or_freezes_ends_and_says_why(
         eventually(lambda: all(gone(one) for one in everyone.values()), 5.0, lambda: everyone)
         last = serve.stderr.splitlines()[-1]
         assert last.startswith("pd: ") and last_words in last, serve.stderr
+
+
+@pytest.mark.parametrize("name", ["router", pytest.param("unified-0", marks=pytest.mark.slow)])
+def test_a_member_of_a_cluster_that_freezes_is_replaced(tmp_path: Path, name: str) -> None:
+    model = tiny_model(tmp_path, "llama", tokenizer=True, max_position_embeddings=1024)
+    command = [sys.executable, "-m", "pd", "up", model, "--unified", "1", "--port", "0", "--dtype", "float32"]
+    command += ["--max-total-tokens", "4000", "--log-format", "json", "--watchdog-timeout", "2"]
+    with running(command, tmp_path / "up", PYTHONPATH=ROOT) as up:
+        top = psutil.Process(up.process.pid)
+        frozen = find(top, name)
+        tree = [frozen, *frozen.children(recursive=True)]
+        frozen.send_signal(signal.SIGSTOP)
+        eventually(lambda: all(gone(one) for one in tree), 15.0, lambda: tree)
+        assert "no sign of life" in up.logged("restarting")[0]["how"]
+        eventually(lambda: len(up.logged("restarted")) == 1, BOUND, lambda: up.stderr)
+        eventually(lambda: Ask(up.url, PROMPT, stream=False).start().wait().outcome == "tokens", BOUND)
