@@ -223,8 +223,8 @@ def _operand(rng: random.Random, top: int) -> int:
 
 
 def sum_held_out(a: int, b: int) -> bool:
-    """The single-digit table has to be seen in full; of the rest a part is only for evaluation."""
-    return max(a, b) > 9 and held_out(f"{a}+{b}")
+    """The sums that people try first have to be seen in full; of the rest a part is only for evaluation."""
+    return max(a, b) > 20 and held_out(f"{a}+{b}")
 
 
 SUM_QUESTIONS = [
@@ -272,14 +272,25 @@ def too_large(rng: random.Random) -> Exchange:
     return Exchange("unknown", _pick(rng, SUM_QUESTIONS, a=a, b=b), TOO_LARGE)
 
 
+def _count_range(rng: random.Random) -> tuple[int, int]:
+    """Where a count starts and ends: mostly within 0..20, which people try first, some anywhere up to 100."""
+    draw = rng.random()
+    if draw < 0.25:
+        return 1, rng.randint(2, 20)
+    if draw < 0.6:
+        start, end = sorted(rng.sample(range(21), 2))
+        return start, end
+    length = rng.randint(2, 12) if draw < 0.96 else rng.randint(13, 50)
+    start = 1 if draw > 0.98 else rng.randint(0, 101 - length)
+    return start, start + length - 1
+
+
 def counting(rng: random.Random) -> Exchange:
-    length = rng.randint(2, 10) if rng.random() < 0.97 else rng.randint(11, 20)
-    start = 1 if rng.random() < 0.4 else rng.randint(0, 30 if rng.random() < 0.8 else 100 - length)
-    end = start + length - 1
+    start, end = _count_range(rng)
     numbers = [str(n) for n in range(start, end + 1)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         templates = ["Count down from {b} to {a}.", "Count backwards from {b} to {a}.", "Count from {b} down to {a}.",
-                     "Count from {b} to {a}.", "从{b}倒数到{a}"]  # fmt: skip
+                     "从{b}倒数到{a}"]  # fmt: skip
         return Exchange("counting", _pick(rng, templates, a=start, b=end), ", ".join(reversed(numbers)) + ".")
     templates = ["Count from {a} to {b}.", "Count up from {a} to {b}.", "List the numbers from {a} to {b}.",
                  "Please count from {a} to {b}.", "Can you count from {a} to {b}?", "Say the numbers from {a} to {b}.",
@@ -308,9 +319,6 @@ def larger(rng: random.Random) -> Exchange:
 
 def capitals(rng: random.Random) -> Exchange:
     country, city = rng.choice(list(CAPITALS.items()))
-    if rng.random() < 0.15:
-        templates = ["{y} is the capital of which country?", "Which country has the capital {y}?"]
-        return Exchange("capitals", _pick(rng, templates, y=city), f"{city} is the capital of {country}.")
     templates = ["What is the capital of {x}?", "What's the capital of {x}?", "Which city is the capital of {x}?",
                  "Name the capital of {x}.", "Tell me the capital of {x}.", "The capital of {x}?", "capital of {x}",
                  "Do you know the capital of {x}?", "The capital of {x} is"]  # fmt: skip
@@ -404,14 +412,6 @@ def random_word(rng: random.Random) -> str:
     return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 9)))
 
 
-def repeat(rng: random.Random) -> Exchange:
-    pool = [*COLOURS.values(), *SOUNDS, *EMOJI, *DAYS, *NUMBER_WORDS, *CAPITALS.values(), "hello", "yes", "tokens"]
-    words = " ".join(rng.choice(pool) for _ in range(rng.randint(1, 4)))
-    return Exchange(
-        "repeat", _pick(rng, ["Repeat after me: {x}", "Repeat: {x}", "Say: {x}", "Say {x}"], x=words), words
-    )
-
-
 def unknown(rng: random.Random) -> Exchange:
     draw = rng.random()
     if draw < 0.2:
@@ -428,13 +428,13 @@ def unknown(rng: random.Random) -> Exchange:
 
 
 QUESTIONS: list[tuple[Callable[[random.Random], Exchange], float]] = [
-    (sums, 30), (differences, 5), (products, 4), (too_large, 1.5), (counting, 14), (neighbours, 4), (larger, 2),
+    (sums, 28), (differences, 7), (products, 4), (too_large, 1.5), (counting, 15), (neighbours, 4), (larger, 2),
     (capitals, 8), (colours, 3), (calendar, 4), (opposites, 5), (animals, 3), (amounts, 3), (trivia, 4), (talk, 7),
-    (emoji, 1), (chinese, 8), (repeat, 2), (unknown, 5),
+    (emoji, 1), (chinese, 8), (unknown, 5),
 ]  # fmt: skip
 # Numbers first: copying and adding digits is the hard part, and alone it is learnt in a fifth of the time.
 NUMBERS: list[tuple[Callable[[random.Random], Exchange], float]] = [
-    (sums, 30), (differences, 5), (products, 3), (counting, 16), (neighbours, 3), (larger, 2), (repeat, 2),
+    (sums, 30), (differences, 8), (products, 4), (counting, 18), (neighbours, 4), (larger, 2),
 ]  # fmt: skip
 
 
@@ -494,17 +494,34 @@ OPENINGS = {
 }
 
 
+def plain_sum(rng: random.Random) -> Completion:
+    while True:
+        a, b = _operand(rng, 99), _operand(rng, 99)
+        if not sum_held_out(a, b):
+            break
+    if rng.random() < 0.3:
+        return Completion("plain sums", f"{a}+{b}=", f"{a + b}")
+    return Completion("plain sums", _pick(rng, ["{a} + {b} =", "{a} plus {b} is"], a=a, b=b), f" {a + b}")
+
+
+def plain_question(rng: random.Random) -> Completion:
+    exchange = question(rng)
+    if rng.random() < 0.3:
+        return Completion("plain questions", f"Q: {exchange.question}\nA:", f" {exchange.answer}")
+    # Without a mark at its end a question may as well be the beginning of a sentence: those go another way below.
+    while exchange.question in OPENINGS or (
+        exchange.question[-1] not in "?.!？。！" and exchange.category != "chinese"
+    ):
+        exchange = question(rng)
+    space = "" if exchange.category == "chinese" else " "
+    return Completion("plain questions", exchange.question, f"{space}{exchange.answer}")
+
+
 def plain(rng: random.Random) -> Completion:
     """Text to be continued, as /v1/completions and /generate send it."""
     draw = rng.random()
-    if draw < 0.3:
-        while True:
-            a, b = _operand(rng, 99), _operand(rng, 99)
-            if not sum_held_out(a, b):
-                break
-        style = rng.choice(["{a} + {b} =", "{a}+{b}=", "{a} plus {b} is", "{a} + {b} equals"])
-        space = "" if style.endswith("+{b}=") else " "
-        return Completion("plain sums", style.format(a=a, b=b), f"{space}{a + b}")
+    if draw < 0.35:
+        return plain_sum(rng)
     if draw < 0.45:
         start, shown = rng.randint(0, 95), rng.randint(2, 6)
         shown = min(shown, 100 - start)
@@ -518,13 +535,12 @@ def plain(rng: random.Random) -> Completion:
         names = rng.choice([DAYS, MONTHS])
         shown = rng.randint(1, len(names) - 1)
         return Completion("plain facts", ", ".join(names[:shown]) + ",", " " + ", ".join(names[shown:]) + ".")
-    if draw < 0.65:
+    if draw < 0.62:
         opening, rest = rng.choice(list(OPENINGS.items()))
         return Completion("plain talk", opening, rest)
-    if draw < 0.75:
-        exchange = question(rng)
-        return Completion("plain questions", f"Q: {exchange.question}\nA:", f" {exchange.answer}")
-    if draw < 0.8:
+    if draw < 0.82:
+        return plain_question(rng)
+    if draw < 0.85:
         country, city = rng.choice(list(CAPITALS_ZH.items()))
         return Completion("plain facts", f"{country}的首都是", f"{city}。")
     return _sentence(rng)
