@@ -17,7 +17,7 @@ import structlog
 from pd.api.server import bind
 from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, ProcessError
-from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check
+from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text
 from pd.logs import configure
 from pd.plugins import load_plugins
 from pd.process import Child, ChildSpec
@@ -33,7 +33,7 @@ def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
-    check(config.serve, load_plugins())
+    check_text(check(config.serve, load_plugins()))
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))
@@ -187,3 +187,4 @@ async def _keep(member: Member, restart: bool) -> None:
             log.info("restarted", member=member.name)
         except ProcessError as error:
             print(f"pd: {error}", file=sys.stderr)
+            await member.stop()  # one that is not ready in time still runs, and nobody would wait for it

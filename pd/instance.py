@@ -9,6 +9,7 @@ memory or a scheduler's decisions cannot be replaced inside one incarnation.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -20,7 +21,9 @@ from typing import Any, NoReturn
 
 import structlog
 
+from pd.api.params import Defaults
 from pd.api.service import ApiConfig
+from pd.api.tokenizer import Tokenizer
 from pd.child import ChildContext
 from pd.config import ServeConfig
 from pd.errors import ProcessError
@@ -49,6 +52,7 @@ def run(config: ServeConfig) -> int:
     configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
     plugins = load_plugins()
     model = check(config, plugins)
+    check_text(model)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
 
 
@@ -66,6 +70,12 @@ def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
         context_length=config.model.context_length,
         supported=plugins.models(),
     )
+
+
+def check_text(model: ModelInfo) -> None:
+    """What only the api reads of the model's directory is sound, too. Raises ModelError."""
+    Tokenizer(model.path).close()
+    Defaults.read(model.path)
 
 
 @dataclass
@@ -249,7 +259,7 @@ async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) ->
 
 async def _all_ready(children: _Children) -> tuple[str, int]:
     """Until runner and api are up; the death of any child ends the wait."""
-    waits = [asyncio.ensure_future(child.ready(START_TIMEOUT)) for child in (children.runner, children.api)]
+    waits = [asyncio.ensure_future(up) for up in (children.runner.ready(START_TIMEOUT), _healthy(children.api))]
     exits = asyncio.ensure_future(children.one_exits())
     pending = set(waits)
     try:
@@ -270,22 +280,25 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
         for task in (*waits, exits):
             task.cancel()
     api = waits[1].result()
-    await _healthy(api["host"], api["port"])
     return api["host"], api["port"]
 
 
-async def _healthy(host: str, port: int) -> None:
+async def _healthy(api: Child) -> dict[str, Any]:
     """Until the api says so itself: its processes are up, but the scheduler's word may still be on its way to it."""
+    where = await api.ready(START_TIMEOUT)
+    host, port = where["host"], where["port"]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    async with asyncio.timeout(START_TIMEOUT):
-        while True:
+    end = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):  # an api that has died is noticed by who waits for exits
             reader, writer = await asyncio.open_connection(address, port)
             writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-            status = await reader.readline()
+            status = await asyncio.wait_for(reader.readline(), EXIT_TIMEOUT)
             writer.close()
             if b" 200 " in status:
-                return
-            await asyncio.sleep(0.02)
+                return where
+        await asyncio.sleep(0.02)
+    raise ProcessError(api.name, f"not healthy within {START_TIMEOUT:g} s")
 
 
 async def _after_death(children: _Children, dead: Child) -> NoReturn:

@@ -49,19 +49,26 @@ def test_a_cluster_whose_port_is_taken_starts_nothing(model: str, tmp_path: Path
 
 @pytest.mark.parametrize("command", ["serve", "up"])
 @pytest.mark.parametrize(
-    ("broken", "complaint"),
+    ("broken", "damage", "complaint"),
     [
-        ("", "no such directory"),
-        ("config.json", "config.json is missing"),
-        ("model.safetensors", "no weights"),
+        ("", "", "no such directory"),
+        ("config.json", "", "config.json is missing"),
+        ("model.safetensors", "", "no weights"),
+        ("tokenizer.json", '{"model": 3}', "tokenizer.json cannot be read"),
+        ("chat_template.jinja", "{% if %}", "chat template does not compile"),
+        ("generation_config.json", '{"temperature": "hot"}', "generation_config.json cannot be read"),
     ],
 )
-def test_a_model_that_cannot_be_served(model: str, tmp_path: Path, command: str, broken: str, complaint: str) -> None:
-    """`broken`: the file that it lacks, "" for the whole directory."""
+def test_a_model_that_cannot_be_served(
+    model: str, tmp_path: Path, command: str, broken: str, damage: str, complaint: str
+) -> None:
+    """`broken`: the file that it lacks, or that holds `damage`; "" for the whole directory."""
     folder = tmp_path / "model"
     if broken:
         shutil.copytree(model, folder)
-        (folder / broken).unlink()
+        (folder / broken).unlink(missing_ok=True)
+    if damage:
+        (folder / broken).write_text(damage)
     code, out, err = run(
         [*PD, command, str(folder), "--port", "0"], tmp_path, {"PYTHONPATH": str(Path(__file__).parents[2])}
     )
