@@ -42,6 +42,7 @@ def cluster(model: str | None, prefill: int, decode: int, log: Path) -> Iterator
     command += ["--prefill", str(prefill), "--decode", str(decode), "--port", "0", "--local-prefill", "never"]
     with log.open("w") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True)
+        assert process.stdout is not None
         try:
             url = _ready_url(process, log)
             workers = httpx.get(f"{url}/server_info").json()["workers"]
@@ -50,6 +51,7 @@ def cluster(model: str | None, prefill: int, decode: int, log: Path) -> Iterator
         finally:
             process.terminate()
             code = process.wait(120)
+            process.stdout.close()
     assert code == 0, f"pd up ended with {code}: {log.read_text()[-2000:]}"
 
 

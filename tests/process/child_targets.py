@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from pd.config import ControlConfig
+from pd.config import ControlConfig, LogConfig
 from pd.errors import ConfigError, ModelError
 from pd.logs import get_logger
 from pd.process import Child, ChildContext, ChildSpec
@@ -24,6 +24,7 @@ class Plan:
     word: str = ""
     numbers: tuple[int, ...] = ()
     control: ControlConfig = field(default_factory=ControlConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 class StructPlan(msgspec.Struct, frozen=True):
@@ -157,3 +158,16 @@ async def stuck_loop(plan: Plan, context: ChildContext) -> None:
     context.report_ready({})
     await asyncio.sleep(0.5)
     time.sleep(60)  # noqa: ASYNC251
+
+
+def ready_at_times(plan: Plan, context: ChildContext) -> int:
+    """`word`: a file that counts its lives. It dies in the first one, is never ready in the second, then serves."""
+    lives = Path(plan.word)
+    lives.write_text(lives.read_text() + "x" if lives.exists() else "x")
+    if lives.read_text() == "xx":
+        context.wait_stop(60)
+        return 1
+    context.report_ready({})
+    if lives.read_text() != "x":
+        context.wait_stop(60)
+    return 1
