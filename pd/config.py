@@ -242,7 +242,13 @@ class RouteConfig:
     health_interval: float = setting(1.0, "between health checks of a worker", unit="s", above=0)
     health_timeout: float = setting(2.0, "a health check longer than this is a failure", unit="s", above=0)
     health_failures: int = setting(2, "failures in a row before a worker is out", at_least=1)
-    request_timeout: float = setting(1800.0, "longest request", unit="s", above=0)
+    request_timeout: float = setting(
+        600.0,
+        "longest time without a byte from the decode instance, for requests without x-request-timeout; "
+        "2 s later than that the router gives up",
+        unit="s",
+        above=0,
+    )
     connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s", above=0)
     max_body: int = setting(64 << 20, "largest request body", unit="bytes", at_least=1)
     http: HttpConfig = field(default_factory=lambda: HttpConfig(port=8000))
@@ -273,7 +279,6 @@ class UpConfig:
                 "prefill_bootstrap_ports",
                 "decode",
                 "pd_disaggregation",
-                "request_timeout",
                 "connect_timeout",
             )
         },

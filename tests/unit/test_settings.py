@@ -412,10 +412,18 @@ def test_up_gives_host_and_port_to_the_router_and_serve_settings_to_every_instan
     assert (config.route.http.port, config.route.http.host) == (9000, "0.0.0.0")
     assert (config.serve.http.port, config.serve.http.host, config.serve.control.control_port) == (0, "127.0.0.1", 0)
     assert (config.prefill, config.decode, config.serve.cache.page_size) == (2, 1, 16)
-    assert config.serve.scheduler.request_timeout == 7
-    assert config.route.request_timeout == RouteConfig().request_timeout
+    assert config.serve.scheduler.request_timeout == config.route.request_timeout == 7
     assert config.serve.log.log_level == config.route.log.log_level == "debug"
     assert up("/m").route.http.port == 8000
+
+
+def test_the_request_timeout_means_the_same_on_instances_and_router() -> None:
+    assert ServeConfig().scheduler.request_timeout == RouteConfig().request_timeout
+    everywhere = {"PD_REQUEST_TIMEOUT": "7200"}
+    for config in (up("/m --request-timeout 7200"), up("/m", everywhere)):
+        assert config.serve.scheduler.request_timeout == config.route.request_timeout == 7200
+    assert route("--decode http://d:4", everywhere).request_timeout == 7200
+    assert serve("/m", everywhere).scheduler.request_timeout == 7200
 
 
 def test_up_without_a_model_serves_the_built_in_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
