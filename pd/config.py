@@ -7,8 +7,15 @@ Nothing reads the environment after `pd.settings` has resolved these.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
+
+#: What an instance can be, and those of them that take part in hand-offs.
+ROLES = ("prefill", "decode", "unified")
+PAIR = ("prefill", "decode")
+#: Those that answer requests.
+ANSWERING = ("decode", "unified")
 
 
 def setting(
@@ -23,6 +30,8 @@ def setting(
     unit: str = "",
     secret: bool = False,
     readme: bool = True,
+    roles: tuple[str, ...] = ROLES,
+    tolerated: Mapping[str, tuple[str, ...]] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -30,7 +39,9 @@ def setting(
 ) -> Any:
     """One setting. `flag` defaults to --field-name; the variable is PD_FIELD_NAME, `env` lists further names.
 
-    `at_least`, `above`, `at_most`, `below` bound a number.
+    `roles`: the instances on which it acts; its flag is refused where nothing that runs is one of these. `tolerated`:
+    aliases that are accepted on further roles because SGLang's own lines have them there. `at_least`, `above`,
+    `at_most`, `below` bound a number.
     """
     meta = {
         "help": help,
@@ -42,6 +53,8 @@ def setting(
         "unit": unit,
         "secret": secret,
         "readme": readme,
+        "roles": roles,
+        "tolerated": tolerated or {},
         "bounds": {"at_least": at_least, "above": above, "at_most": at_most, "below": below},
         "setting": True,
     }
@@ -74,7 +87,7 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "accepted for compatibility: pd never runs code from a model directory")
     context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens", at_least=0)
     device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
-    base_gpu_id: int = setting(0, "first GPU of this instance", at_least=0)
+    base_gpu_id: int = setting(0, "first GPU of this instance; computing on the CPU there is only 0", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -95,86 +108,106 @@ class CacheConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     max_running_requests: int = setting(256, "requests decoded at once", at_least=1)
-    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", at_least=1)
+    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", roles=ANSWERING, at_least=1)
     chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens", at_least=1)
     max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens", at_least=1)
-    local_prefill: str = setting("fallback", "when a decode instance prefills itself: never, fallback or short:N")
+    local_prefill: str = setting("fallback", "when it prefills itself: never, fallback or short:N", roles=("decode",))
     local_prefill_tokens: int = setting(
-        512, "local prefill tokens per step on a decode instance", unit="tokens", at_least=1
+        512, "local prefill tokens per step", unit="tokens", roles=("decode",), at_least=1
     )
     local_prefill_queue: int = setting(
         65536,
-        "local prefill tokens that may be pending on a decode instance; beyond, requests get 503",
+        "local prefill tokens that may be pending; beyond, requests get 503",
         unit="tokens",
+        roles=("decode",),
         at_least=1,
     )
     reserve_blocks: int = setting(
-        1, "growth blocks per running request that are never granted", readme=False, at_least=0
+        1, "growth blocks per running request that are never granted", readme=False, roles=ANSWERING, at_least=0
     )
-    request_timeout: float = setting(600.0, "longest time without a new token", unit="s", above=0)
+    request_timeout: float = setting(600.0, "longest time without a new token", unit="s", roles=ANSWERING, above=0)
     step_timeout: float = setting(60.0, "a step longer than this means that the runner hangs", unit="s", above=0)
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    transfer: str = setting("direct", "transfer backend", aliases=("--disaggregation-transfer-backend",))
-    ib_device: str = setting("", "RDMA device(s) for backends that use one", aliases=("--disaggregation-ib-device",))
+    transfer: str = setting("direct", "transfer backend", aliases=("--disaggregation-transfer-backend",), roles=PAIR)
+    ib_device: str = setting(
+        "", "RDMA device(s) for backends that use one", aliases=("--disaggregation-ib-device",), roles=PAIR
+    )
     transfer_threads: int = setting(
         default_transfer_threads,
         "threads that drive transfers per rank (0.75 x CPUs / 8, clamped to 4..12)",
         env=("SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",),
+        roles=("prefill",),
         at_least=1,
     )
     transfer_queues: int = setting(
         4,
         "parallel transfer queues, sharded by peer; 1 = first come, first served",
         env=("SGLANG_DISAGGREGATION_QUEUE_SIZE",),
+        roles=("prefill",),
         at_least=1,
     )
-    transfer_timeout: float = setting(30.0, "a push longer than this fails and its peer is reset", unit="s", above=0)
+    transfer_timeout: float = setting(
+        30.0, "a push longer than this fails and its peer is reset", unit="s", roles=("prefill",), above=0
+    )
     transfer_memory: str = setting(
-        "auto", "how `direct` reaches peers: auto, shm (one host) or tcp", choices=("auto", "shm", "tcp")
+        "auto", "how `direct` reaches peers: auto, shm (one host) or tcp", choices=("auto", "shm", "tcp"), roles=PAIR
     )
 
 
 @dataclass(frozen=True)
 class ControlConfig:
     control_host: str = setting(
-        "", "address of the control and data planes (default: 127.0.0.1, or --host with a secret)"
+        "", "address of the control and data planes (default: 127.0.0.1, or --host with a secret)", roles=PAIR
     )
     control_port: int = setting(
         8998,
-        "prefill: port that answers Hello (0: any)",
+        "port that answers Hello (0: any)",
         flag="--control-port",
         aliases=("--disaggregation-bootstrap-port",),
+        roles=("prefill",),
+        tolerated={"--disaggregation-bootstrap-port": ("decode",)},
         at_least=0,
         at_most=65535,
     )
-    cluster_secret: str = setting("", "shared secret: encrypts the control plane, opens it across hosts", secret=True)
-    insecure_control_plane: bool = setting(False, "allow control and data planes across hosts without a secret")
+    cluster_secret: str = setting(
+        "", "shared secret, which encrypts the control plane and opens it across hosts", secret=True, roles=PAIR
+    )
+    insecure_control_plane: bool = setting(
+        False, "allow control and data planes across hosts without a secret", roles=PAIR
+    )
     bootstrap_timeout: float = setting(
         300.0,
-        "prefill: longest wait for the decode side",
+        "longest wait of a prefill instance for the second leg of a request with a bootstrap_room",
         unit="s",
         env=("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT",),
+        roles=(),  # a prefill instance answers no leg of its own yet; where the KV goes comes with each request
         above=0,
     )
     waiting_timeout: float = setting(
         300.0,
-        "decode: longest wait for the KV cache",
+        "longest wait for the KV cache",
         unit="s",
         env=("SGLANG_DISAGGREGATION_WAITING_TIMEOUT",),
+        roles=("decode",),
         above=0,
     )
     heartbeat_interval: float = setting(
         5.0,
-        "application heartbeats between instances",
+        "application heartbeats between this instance and its prefill instances, both ways",
         unit="s",
         env=("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL",),
+        roles=("decode",),
         above=0,
     )
     heartbeat_max_failure: int = setting(
-        2, "missed heartbeats before a peer is lost", env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",), at_least=1
+        2,
+        "missed heartbeats before a peer is lost",
+        env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",),
+        roles=PAIR,
+        at_least=1,
     )
     watchdog_timeout: float = setting(
         10.0,
@@ -186,7 +219,11 @@ class ControlConfig:
         0.5, "ZMQ heartbeats: a frozen peer is lost after three", unit="s", readme=False, above=0
     )
     connect_timeout: float = setting(
-        3.0, "decode: longest wait for a prefill instance's Hello answer", unit="s", above=0
+        3.0,
+        "longest wait for a prefill instance's Hello answer, and on that instance for the data connection back",
+        unit="s",
+        roles=PAIR,
+        above=0,
     )
 
 
@@ -210,7 +247,7 @@ class ServeConfig:
     role: str = setting(
         "unified",
         "what this instance does",
-        choices=("prefill", "decode", "unified"),
+        choices=ROLES,
         aliases=("--disaggregation-mode",),
     )
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -242,7 +279,13 @@ class RouteConfig:
     health_interval: float = setting(1.0, "between health checks of a worker", unit="s", above=0)
     health_timeout: float = setting(2.0, "a health check longer than this is a failure", unit="s", above=0)
     health_failures: int = setting(2, "failures in a row before a worker is out", at_least=1)
-    request_timeout: float = setting(1800.0, "longest request", unit="s", above=0)
+    request_timeout: float = setting(
+        600.0,
+        "longest time without a byte from the decode instance, for requests without x-request-timeout; "
+        "2 s later than that the router gives up",
+        unit="s",
+        above=0,
+    )
     connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s", above=0)
     max_body: int = setting(64 << 20, "largest request body", unit="bytes", at_least=1)
     http: HttpConfig = field(default_factory=lambda: HttpConfig(port=8000))
@@ -273,7 +316,6 @@ class UpConfig:
                 "prefill_bootstrap_ports",
                 "decode",
                 "pd_disaggregation",
-                "request_timeout",
                 "connect_timeout",
             )
         },

@@ -44,32 +44,32 @@ class RegisterCommand(Protocol):
 
 @hookspec
 def pd_register_transfer_backends(register: RegisterBackend) -> None:
-    """Once in scheduler, runner and CLI: name -> factory with static information."""
+    """At start-up of the command line, the runner and `pd bench transfer`: name -> factory with static information."""
 
 
 @hookspec
 def pd_register_routing_policies(register: RegisterPolicy) -> None:
-    """Once in the router: name -> factory."""
+    """At start-up of the command line and the router: name -> factory."""
 
 
 @hookspec
 def pd_register_models(register: RegisterModel) -> None:
-    """Once in the runner: architecture -> builder."""
+    """At start-up of the command line, an instance's parent and the runner: architecture -> builder."""
 
 
 @hookspec
 def pd_register_cli(register: RegisterCommand) -> None:
-    """Once in `pd`: extra subcommands."""
+    """At start-up of the command line: extra subcommands."""
 
 
 @hookspec
 def pd_process_started(role: str, config: Any) -> None:
-    """Each process, after its start-up. Observe only."""
+    """In the api, scheduler, runner and router, as each starts; not in their parents. Observe only."""
 
 
 @hookspec
 def pd_process_stopping(role: str) -> None:
-    """Each process, before it stops. Observe only."""
+    """In the api, scheduler, runner and router, before each stops. Observe only."""
 
 
 @hookspec

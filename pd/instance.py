@@ -103,6 +103,8 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
     host = control_host(config)
     name = config.name or f"{socket.gethostname()}:{config.http.port or os.getpid()}"
     incarnation = time.time_ns() // 1_000_000
+    if config.model.base_gpu_id:
+        log.warning("setting_without_effect", setting="base_gpu_id", reason="the runner computes on the CPU")
     log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
     async with AsyncExitStack() as resources:
         plan = _Plan(config, model, name, incarnation, host, resources.enter_context(socket_folder()))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.config import ControlConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import ROLES, ControlConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
 Given = Mapping[tuple[str, ...], str]
@@ -233,6 +233,46 @@ def builtin_model() -> str:
     if not path.is_dir():
         raise ConfigError("MODEL", "no model given, and this installation lacks the built-in one")
     return str(path)
+
+
+# --- flags that would do nothing ------------------------------------------------------------------------------------
+
+
+def roles_at_work(config: Any) -> frozenset[str]:
+    """The roles of the instances that a command starts; none for the router."""
+    match config:
+        case ServeConfig():
+            return frozenset({config.role})
+        case UpConfig():
+            return frozenset(role for role in ROLES if getattr(config, role))
+        case _:
+            return frozenset()
+
+
+def refuse_idle(flag: str, meta: Mapping[str, Any], working: Collection[str]) -> None:
+    """A flag that acts on none of the instances is an error. A variable is not: it may be set for a whole machine."""
+    roles = meta["roles"]
+    if not {*roles, *meta["tolerated"].get(flag, ())}.isdisjoint(working):
+        return
+    if not roles:
+        raise ConfigError(flag, "it has no effect yet, on any instance", "leave it out")
+    where = " and ".join(role for role in ROLES if role in working)
+    raise ConfigError(
+        flag, f"it does nothing on {where} instances", f"leave it out: it is for {' and '.join(roles)} instances"
+    )
+
+
+def refuse_gpu(config: Any, given: Given, accelerator: bool | None) -> None:
+    """The number of a GPU where the CPU computes. `accelerator`: whether this machine has one; None: not known."""
+    prefix, serve = (("serve",), config.serve) if isinstance(config, UpConfig) else ((), config)
+    source = given.get((*prefix, "model", "base_gpu_id"), "")
+    if not source.startswith("-") or not serve.model.base_gpu_id:
+        return
+    if serve.model.device == "cpu":
+        device = given.get((*prefix, "model", "device"), "--device")
+        raise ConfigError(source, f"it numbers GPUs, and {device} says cpu", "leave it out")
+    if serve.model.device == "auto" and accelerator is False:
+        raise ConfigError(source, "this machine has no GPU: the CPU computes", "leave it out")
 
 
 # --- flags of other systems -----------------------------------------------------------------------------------------

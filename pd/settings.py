@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pd import rules
-from pd.config import LogConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import ROLES, LogConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
 C = TypeVar("C")
@@ -59,6 +59,12 @@ class Option:
     @property
     def dest(self) -> str:
         return "setting:" + self.flag
+
+    @property
+    def help(self) -> str:
+        """What it means, after the roles for which it does not mean nothing."""
+        roles = self.meta["roles"]
+        return self.meta["help"] if roles == ROLES else f"{' and '.join(roles) or 'no effect yet'}: {self.meta['help']}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,7 +130,7 @@ def add_settings(parser: argparse.ArgumentParser, config_type: type) -> None:
         meta = option.meta
         hidden = option.default in ("", (), False) or meta["secret"] or option.computed
         default = "" if hidden else _plain(option.default)
-        help = meta["help"] + (f" (default: {default})" if default else "")
+        help = option.help + (f" (default: {default})" if default else "")
         metavar = meta["metavar"] or ("{" + ",".join(meta["choices"]) + "}" if meta["choices"] else None)
         common: dict[str, Any] = {
             "action": _Remember,
@@ -172,13 +178,14 @@ def parse(
     *,
     backends: Mapping[str, rules.Backend] | None = None,
     policies: Collection[str] | None = None,
+    accelerator: bool | None = None,
 ) -> C:
     """`argv` (without program and command) and environment to settings. Raises ConfigError."""
     parser = Parser(prog="pd")
     add_settings(parser, config_type)
     namespace, extras = parser.parse_known_args(argv)
     parser.refuse_unknown(extras)
-    return resolve(config_type, namespace, environ, backends=backends, policies=policies)
+    return resolve(config_type, namespace, environ, backends=backends, policies=policies, accelerator=accelerator)
 
 
 def resolve(
@@ -188,10 +195,12 @@ def resolve(
     *,
     backends: Mapping[str, rules.Backend] | None = None,
     policies: Collection[str] | None = None,
+    accelerator: bool | None = None,
 ) -> C:
     """Settings from what `add_settings` had the parser collect. Raises ConfigError.
 
-    `backends` and `policies` are what the plugins registered; names are not checked against what is None.
+    `backends` and `policies` are what the plugins registered, `accelerator` is whether this machine has one; nothing is
+    checked against what is None.
     """
     rules.refuse_foreign_flags(namespace)
     config = config_type()
@@ -202,7 +211,14 @@ def resolve(
             source, raw = found
             config = _set(config, option.path, _convert(option, source, raw))
             given[option.path] = source
-    return typing.cast(C, rules.apply(config, given, backends, policies))
+    config = typing.cast(C, rules.apply(config, given, backends, policies))
+    rules.refuse_gpu(config, given, accelerator)
+    working = rules.roles_at_work(config)
+    for option in options(config_type):
+        source = given.get(option.path, "")
+        if working and source.startswith("-"):
+            rules.refuse_idle(source, option.meta, working)
+    return config
 
 
 def with_log_format(config: C, *, terminal: bool) -> C:
@@ -302,7 +318,7 @@ def settings_table(*config_types: type) -> str:
 
 def _row(option: Option) -> tuple[str, ...]:
     meta = option.meta
-    meaning = meta["help"].replace("|", "\\|")
+    meaning = option.help.replace("|", "\\|")
     if meta["choices"]:
         words = [word for word in meta["choices"] if word not in meta["help"]]
         meaning += f": {', '.join(meta['choices'])}" if words else ""

@@ -1,8 +1,8 @@
 """What a transfer backend is: a small, synchronous data plane that knows nothing of requests.
 
 The core (`pd.transfer.engine`) owns the driving threads and does slicing, coalescing, chunking, queues, deadlines,
-retries, digests, staging and quarantine. Failed or cancelled never means quiet: a backend promises quiet memory only
-where a method's docstring says so.
+digests, staging and quarantine. It sends nothing twice: a push that fails ends its hand-off. Failed or cancelled never
+means quiet: a backend promises quiet memory only where a method's docstring says so.
 """
 
 from __future__ import annotations

@@ -20,15 +20,18 @@ from pd.router.http import HOP_HEADERS, MAX_HEAD, Request, Response, error, pars
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds and bytes. `body_timeout` is the longest pause in an upload; the whole request has `request_timeout`,
+    """Seconds and bytes. `body_timeout` is the longest pause in an upload.
 
-    or, where it is less, what the client asked for and `grace` besides: the worker knows the client's deadline too, and
-    its own answer is the better one.
+    A request has the time that its client asked for and `grace` besides. Without such a wish what is bounded is its
+    worker's silence: `request_timeout` and `silence_grace` besides. The worker knows both bounds too, and its own
+    answer is the better one. While the client does not read, the worker may not write, and `stall_timeout` counts.
     """
 
     max_body: int
     request_timeout: float
     grace: float = 0.5
+    silence_grace: float = 2.0
+    stall_timeout: float = 1800.0
     head_timeout: float = 20.0
     body_timeout: float = 30.0
     idle_timeout: float = 120.0
@@ -83,6 +86,7 @@ class ClientConnection(asyncio.Protocol):
         self.parser = httptools.HttpRequestParser(self)
         self.handler: Handler | None = None
         self.paused = False
+        self._patience = 0.0  # how long the worker at work may be silent; 0: the whole request has a deadline
         self.deadline = self.loop.time() + self.limits.head_timeout
         self._queue: deque[Request | Response] = deque()
         self._backlog: list[bytes] = []
@@ -148,11 +152,14 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.paused = True
+        if self._patience:
+            self.deadline = self.loop.time() + self.limits.stall_timeout
         if self.handler is not None:
             self.handler.pause()
 
     def resume_writing(self) -> None:
         self.paused = False
+        self.renew()
         if self.handler is not None:
             self.handler.resume()
 
@@ -167,6 +174,11 @@ class ClientConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
+    def renew(self) -> None:
+        """The worker has been asked or was heard: its silence begins now. Other deadlines stay as they are."""
+        if self._patience and not self.paused:
+            self.deadline = self.loop.time() + self._patience
+
     def answer(self, response: Response) -> None:
         """A whole answer; the request is finished by it."""
         request_id = self._current.request_id if self._current is not None else b""
@@ -180,6 +192,7 @@ class ClientConnection(asyncio.Protocol):
     def finished(self, *, close: bool) -> None:
         """The answer is written. `close`: the connection ends with it."""
         self.handler = self._current = None
+        self._patience = 0.0
         if close or self.app.draining:
             self._close()
         else:
@@ -234,8 +247,11 @@ class ClientConnection(asyncio.Protocol):
             return
         self._current = item
         item.started = self.loop.time()
-        item.timeout = min(self.limits.request_timeout, item.timeout + self.limits.grace)
-        self.deadline = item.started + item.timeout
+        if item.timeout is None:
+            self._patience = self.limits.request_timeout + self.limits.silence_grace
+            self.deadline = item.started + (self.limits.stall_timeout if self.paused else self._patience)
+        else:
+            self.deadline = item.started + item.timeout + self.limits.grace
         self.handler = self.app.handler(self, item)
         self.handler.start()
 

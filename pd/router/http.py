@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,9 @@ import msgspec
 
 #: Longest head (request line and headers, or status line and headers) that is read.
 MAX_HEAD = 64 << 10
+
+#: An `x-request-timeout` of so many seconds is none: workers refuse it.
+MAX_TIMEOUT = 1e9
 
 #: Names the prefill candidates to the decode instance: control endpoints in order, comma separated.
 PREFILL_HEADER = b"x-pd-prefill"
@@ -71,7 +73,7 @@ class Request:
     old: bool = False  # HTTP/1.0: understands no chunks and gets its connection closed
     keep_alive: bool = True
     started: float = 0.0
-    timeout: float = math.inf  # what the client asked for, seconds
+    timeout: float | None = None  # what the client asked for, seconds
 
     @property
     def path(self) -> str:
@@ -88,13 +90,13 @@ class Response:
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
-def parse_timeout(value: bytes) -> float:
-    """Seconds of an `x-request-timeout`; infinite where it is malformed: the worker answers what is wrong with it."""
+def parse_timeout(value: bytes) -> float | None:
+    """Seconds of an `x-request-timeout`; None where it is malformed: the worker answers what is wrong with it."""
     try:
         seconds = float(value)
     except ValueError:
-        return math.inf
-    return seconds if seconds > 0 else math.inf
+        return None
+    return seconds if 0 < seconds < MAX_TIMEOUT else None
 
 
 def error_body(status: int, message: str, code: str) -> bytes:

@@ -99,9 +99,9 @@ class Exchange:
 
     def expire(self) -> None:
         worker = self.decode.worker.url if self.decode is not None else ""
-        log.warning("request_timed_out", request=self._id, worker=worker, seconds=self.request.timeout)
+        problem = self._overdue()
+        log.warning("request_timed_out", request=self._id, worker=worker, reason=problem)
         connection = self._leave()
-        problem = f"the request took longer than {self.request.timeout:g} s"
         if self.status:
             self._break(connection, 504, problem, "timeout")
         else:
@@ -169,6 +169,7 @@ class Exchange:
         prefills = self.prefills if self.prefills and worker.role != "unified" else b""
         head = forward_head(self.request, worker.host_header, prefills)
         connection.send(self, head, self.request.body, decode=self.request.old)
+        self.client.renew()
 
     def _replace(self, reason: str, *, suspect: bool = True) -> None:
         """The current decode will not answer this request: the next one gets it."""
@@ -214,12 +215,14 @@ class Exchange:
         self.status = connection.status
         request.body = b""  # no replay from here on
         stats.first_byte.observe(self.client.loop.time() - request.started)
+        self.client.renew()
         self.client.write(relay_head(connection.status, connection.headers, framing=framing, close=self.close))
         if self.client.paused:
             connection.pause()
 
     def data(self, data: bytes) -> None:
         self.last = data
+        self.client.renew()
         self.client.transport.write(data)
 
     def ended(self) -> None:
@@ -247,6 +250,14 @@ class Exchange:
     @property
     def _id(self) -> str:
         return self.request.request_id.decode("latin-1")
+
+    def _overdue(self) -> str:
+        limits, asked = self.client.limits, self.request.timeout
+        if asked is not None:
+            return f"the request took longer than {asked:g} s"
+        if self.client.paused:
+            return f"the client read nothing for {limits.stall_timeout:g} s"
+        return f"nothing came from the decode instance for {limits.request_timeout:g} s"
 
     def _others(self) -> bool:
         """Whether a decode is left that has not had this request."""

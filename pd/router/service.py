@@ -33,6 +33,9 @@ PROXIED = {
     "/health_generate": b"GET",
 }
 
+#: Seconds that a client may leave its answer unread at least.
+_STALL_TIMEOUT = 1800.0
+
 #: How often deadlines of clients and requests are looked at.
 _TICK = 0.1
 
@@ -52,7 +55,11 @@ class Router:
         selection = Selection(config, fleet, policies)
         self.core = Core(fleet, selection, self.stats, spawn)
         self.operations = Operations(self.core).table
-        self.limits = Limits(max_body=config.max_body, request_timeout=config.request_timeout)
+        self.limits = Limits(
+            max_body=config.max_body,
+            request_timeout=config.request_timeout,
+            stall_timeout=max(_STALL_TIMEOUT, config.request_timeout),
+        )
         self.clients: set[ClientConnection] = set()
         self.draining = False
         self._empty = asyncio.Event()

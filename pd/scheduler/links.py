@@ -24,7 +24,7 @@ from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkEventKind, LinkOptions, Monitor, Sockets
 from pd.scheduler import events as ev
 
-#: How long a decode instance may take from Welcome to its connection at most, seconds.
+#: How long a decode instance may take from Welcome to its connection, seconds.
 ATTACH_TIMEOUT = 10.0
 
 WILDCARDS = ("0.0.0.0", "*", "::")
@@ -87,7 +87,6 @@ class Links:
     def __init__(self, sockets: Sockets, emit: Emit, spawn: Spawn, control: ControlConfig, host: str) -> None:
         self.sockets, self.emit, self.spawn, self.host = sockets, emit, spawn, host
         self.options = LinkOptions(heartbeat=control.link_heartbeat, reconnect=False, linger=0.5)
-        self.attach_timeout = min(ATTACH_TIMEOUT, control.bootstrap_timeout)
         self._clock = asyncio.get_running_loop().time
         self._sessions: dict[int, _Session] = {}
         self._conns: dict[int, bytes] = {}
@@ -124,7 +123,7 @@ class Links:
         session = self._add(welcome.session, Channel(link, _ENVELOPE, _ENVELOPE, f"session {welcome.session}"))
         welcome.endpoint = link.endpoint
         self._answer(conn, welcome)
-        session.task = self.spawn(self._run(session, self.attach_timeout), session.channel.name)
+        session.task = self.spawn(self._run(session, ATTACH_TIMEOUT), session.channel.name)
 
     def refuse(self, conn: int, unwelcome: m.Unwelcome) -> None:
         self._answer(conn, unwelcome)

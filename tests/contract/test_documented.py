@@ -47,6 +47,39 @@ def test_the_plugin_guide_documents_every_hook_with_its_arguments() -> None:
     assert sorted(documented) == sorted(signatures)
 
 
+#: What the guide calls the processes whose start-up is in these files.
+PROCESSES = {
+    "pd/api/service.py": "the api",
+    "pd/bench/transfer_ends.py": "`pd bench transfer`",
+    "pd/cli.py": "the command line",
+    "pd/instance.py": "an instance's parent",
+    "pd/router/service.py": "router",
+    "pd/runner/service.py": "runner",
+    "pd/scheduler/service.py": "scheduler",
+}
+#: The method of `Plugins` behind each hook.
+CALLS = {
+    "pd_register_transfer_backends": "backends",
+    "pd_register_routing_policies": "policies",
+    "pd_register_models": "models",
+    "pd_register_cli": "commands",
+    "pd_process_started": "process_started",
+    "pd_process_stopping": "process_stopping",
+    "pd_request_finished": "request_finished",
+}
+
+
+@pytest.mark.parametrize(("hook", "method"), CALLS.items(), ids=CALLS)
+def test_the_plugin_guide_names_every_process_that_calls_a_hook_and_no_other(hook: str, method: str) -> None:
+    root = Path(__file__).parents[2]
+    calling = re.compile(rf"plugins(?:\(\))?\.{method}\b")
+    callers = {str(path.relative_to(root)) for path in (root / "pd").rglob("*.py") if calling.search(path.read_text())}
+    if hook.startswith("pd_register"):
+        callers.add("pd/cli.py")  # `Plugins.check` asks for all of them
+    (row,) = re.findall(rf"^\| `{hook}\([^|]*\| ([^|]*) \|", section("Plugins"), re.MULTILINE)
+    assert {path for path, name in PROCESSES.items() if name in row} == callers
+
+
 def test_the_settings_tables_are_those_of_the_settings() -> None:
     assert update_readme(README) == README, "run: python -m pd.settings --write README.md"
 

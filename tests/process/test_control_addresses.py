@@ -23,7 +23,7 @@ HELLO = m.Hello(m.PROTOCOL_VERSION, "decode", 1, "model", 32, "layout", "digest"
 class End:
     """The control plane of one instance; its events arrive in order."""
 
-    def __init__(self, host: str, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, host: str, tasks: asyncio.TaskGroup, **control: float) -> None:
         self.events: asyncio.Queue[Any] = asyncio.Queue()
         self.sockets, self.tasks = Sockets("a secret"), set[asyncio.Task[None]]()
 
@@ -32,7 +32,7 @@ class End:
             self.tasks.add(task)
             return task
 
-        self.links = Links(self.sockets, self.events.put_nowait, spawn, ControlConfig(), host)
+        self.links = Links(self.sockets, self.events.put_nowait, spawn, ControlConfig(**control), host)  # type: ignore[arg-type]
 
     def close(self) -> None:
         for task in self.tasks:
@@ -54,7 +54,8 @@ class End:
 def test_a_session_comes_up(run_async: Callable[..., Any], listening: str, named: str) -> None:
     async def main() -> ev.SessionUp:
         async with asyncio.TaskGroup() as tasks:
-            prefill, decode = End(listening, tasks), End("127.0.0.1", tasks)
+            # Of the timeout for the second leg of a request the attaching of a decode instance is independent.
+            prefill, decode = End(listening, tasks, bootstrap_timeout=1e-9), End("127.0.0.1", tasks)
             _, port = split_endpoint(prefill.links.listen(0))
             endpoint = join_endpoint(named, port)
             decode.links.open(endpoint, HELLO, 5.0)
@@ -62,6 +63,7 @@ def test_a_session_comes_up(run_async: Callable[..., Any], listening: str, named
             assert isinstance(hello, ev.HelloReceived) and hello.hello == HELLO
             prefill.links.welcome(hello.conn, m.Welcome(7, "", "prefill", 1, [], InstanceState.READY, 0))
             up = await decode.events.get()
+            assert prefill.events.empty()
             decode.close()
             prefill.close()
         assert isinstance(up, ev.SessionUp), up

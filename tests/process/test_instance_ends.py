@@ -25,12 +25,19 @@ BOUND = 25.0
 
 
 @contextmanager
-def instance(folder: Path, *more: str) -> Iterator[Running]:
+def instance(folder: Path, *more: str, **env: str) -> Iterator[Running]:
     model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=1024)
     command = [sys.executable, "-m", "pd", "serve", model, "--port", "0", "--dtype", "float32"]
     command += ["--max-total-tokens", "4000", "--log-format", "json", *more]
-    with running(command, folder / "serve", ready=r'"url": "(http://[^"]+)"', PYTHONPATH=ROOT) as serve:
+    with running(command, folder / "serve", ready=r'"url": "(http://[^"]+)"', PYTHONPATH=ROOT, **env) as serve:
         yield serve
+
+
+def test_a_gpus_number_that_a_variable_gives_to_a_cpu_is_accepted_and_said_to_have_no_effect(tmp_path: Path) -> None:
+    with instance(tmp_path, PD_BASE_GPU_ID="1") as serve:
+        (line,) = serve.logged("setting_without_effect")
+        assert (line["setting"], line["level"]) == ("base_gpu_id", "warning")
+        assert serve.stop() == 0
 
 
 def parts(serve: Running) -> dict[str, psutil.Process]:

@@ -216,65 +216,6 @@ def test_bytes_after_the_end_of_an_answer_reach_nobody(run_async: Run) -> None:
     run_async(main())
 
 
-def test_a_hanging_worker_costs_the_request_timeout_and_no_more(run_async: Run) -> None:
-    async def main() -> None:
-        decode, prefill = FakeWorker(script=silent), prefill_worker()
-        async with workers(decode, prefill), routing([decode], [prefill], request_timeout=0.3) as gate:
-            start = asyncio.get_running_loop().time()
-            answer = await gate.post()
-            assert 0.25 < asyncio.get_running_loop().time() - start < 1.5
-            assert (answer.status, answer.json["error"]["code"]) == (504, "timeout")
-            async with asyncio.timeout(2.0):
-                await decode.calls[0].gone.wait()
-
-    run_async(main())
-
-
-def test_a_hanging_worker_costs_no_more_than_the_client_has_time_for(run_async: Run) -> None:
-    async def main() -> None:
-        decode = FakeWorker(script=silent)
-        async with workers(decode), routing([decode], request_timeout=30.0) as gate:
-            start = asyncio.get_running_loop().time()
-            answer = await gate.post("/v1/completions", b'{"prompt":"hello"}', "X-Request-Timeout: 0.2")
-            assert 0.2 < asyncio.get_running_loop().time() - start < 2.0
-            assert (answer.status, answer.json["error"]["code"]) == (504, "timeout")
-            assert decode.calls[0].headers["x-request-timeout"] == "0.2"
-
-    run_async(main())
-
-
-@pytest.mark.parametrize("value", ["soon", "-1", "0", "nan", "inf", "1_0"])
-def test_a_malformed_timeout_is_for_the_worker_to_refuse(run_async: Run, value: str) -> None:
-    async def main() -> None:
-        decode = FakeWorker()
-        async with workers(decode), routing([decode]) as gate:
-            answer = await gate.post("/v1/completions", b'{"prompt":"hello"}', f"X-Request-Timeout: {value}")
-            assert (answer.status, answer.json["headers"]["x-request-timeout"]) == (200, value)
-
-    run_async(main())
-
-
-def test_a_stream_that_outlasts_the_request_timeout_is_told_so(run_async: Run) -> None:
-    async def main() -> None:
-        async def endless(call: Call) -> None:
-            call.start_events()
-            while not call.gone.is_set():
-                call.event("x")
-                await asyncio.sleep(0.02)
-
-        decode = FakeWorker(script=endless)
-        async with workers(decode), routing([decode], request_timeout=0.3) as gate:
-            client = await gate.client()
-            client.post()
-            await client.head()
-            events = await _events_until_cut(client)
-            assert json.loads(events[-1].removeprefix(b"data: "))["error"]["code"] == "timeout"
-            async with asyncio.timeout(2.0):
-                await decode.calls[0].gone.wait()
-
-    run_async(main())
-
-
 def test_a_worker_that_accepts_no_connection_is_given_up_after_the_connect_timeout(run_async: Run) -> None:
     async def main() -> None:
         full, good = FakeWorker(), FakeWorker()

@@ -53,6 +53,19 @@ def test_a_command_hands_its_settings_over_and_returns_the_parts_exit_code(
     assert log.log_format in ("human", "json")
 
 
+def test_a_gpus_number_is_refused_on_a_machine_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = Part("pd.instance", result=7)
+    monkeypatch.setitem(sys.modules, "pd.instance", part)
+    line = ["serve", "/m", "--role", "decode", "--port", "30001", "--base-gpu-id", "1"]
+    monkeypatch.setattr("pd.cli._has_accelerator", lambda: True)
+    assert main(line) == 7 and part.config.model.base_gpu_id == 1
+    monkeypatch.setattr("pd.cli._has_accelerator", lambda: False)
+    assert main(line) == 2
+    assert capsys.readouterr().err == "pd: --base-gpu-id: this machine has no GPU: the CPU computes; leave it out\n"
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError("--port", "taken"), 2), (ModelError("/m", "no config.json"), 1)]
 )
@@ -71,6 +84,9 @@ def test_an_error_of_a_part_is_one_line_and_an_exit_code(
         ("serve /m --port x", "--port"),
         ("serve /m --tp-size 2 --nnodes 2", "--tp-size 2, --nnodes 2"),
         ("serve", "MODEL"),
+        ("serve /m --role prefill --local-prefill never", "--local-prefill"),
+        ("serve /m --base-gpu-id 1 --device cpu", "--base-gpu-id"),
+        ("up /m --unified 1 --transfer-memory shm", "--transfer-memory"),
         ("serve /m --transfer nixl-of-another-time", "--transfer"),
         ("route", "--decode"),
         ("route --decode http://d:1 --policy no_such_policy", "--policy"),

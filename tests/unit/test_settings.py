@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pd import settings
-from pd.config import RouteConfig, ServeConfig, UpConfig, default_transfer_threads, secret_values
+from pd.config import ROLES, RouteConfig, ServeConfig, UpConfig, default_transfer_threads, secret_values
 from pd.errors import ConfigError
 from pd.settings import options, parse, settings_table, update_readme, with_log_format
 
@@ -44,6 +44,12 @@ def serve(line: str, environ: Mapping[str, str] | None = None, backends: Any = B
 
 def route(line: str, environ: Mapping[str, str] | None = None) -> RouteConfig:
     return parse(RouteConfig, shlex.split(line), environ or {}, policies=POLICIES)
+
+
+def refusal(call: Callable[[str], Any], line: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        call(line)
+    return caught.value
 
 
 def up(line: str, environ: Mapping[str, str] | None = None, backends: Any = ONLY_DIRECT) -> UpConfig:
@@ -251,10 +257,14 @@ def test_flag_goes_before_own_variable_before_sglangs_variable_before_default(
     sglang = f"SGLANG_DISAGGREGATION_{name}"
     flag = "--" + variable.removeprefix("PD_").lower().replace("_", "-")
 
-    def value(line: str, environ: Mapping[str, str]) -> Any:
-        return getattr(getattr(serve("/m " + line, environ), path[0]), path[1])
+    (option,) = (option for option in options(ServeConfig) if option.path == path)
 
-    assert value(f"{flag} 11", {variable: "12", sglang: "13"}) == 11
+    def value(line: str, environ: Mapping[str, str]) -> Any:
+        role = next(iter(option.meta["roles"]), "prefill")
+        return getattr(getattr(serve(f"/m --role {role} {line}", environ), path[0]), path[1])
+
+    if option.meta["roles"]:
+        assert value(f"{flag} 11", {variable: "12", sglang: "13"}) == 11
     assert value("", {variable: "12", sglang: "13"}) == 12
     assert value("", {variable: "", sglang: "13"}) == 13
     assert value("", {}) == getattr(getattr(ServeConfig(), path[0]), path[1])
@@ -343,14 +353,14 @@ def test_a_wrong_value_is_an_error_that_names_the_flag_as_typed(line: str, field
 
 def test_good_values_of_local_prefill_and_control_host_are_kept() -> None:
     for text in ("never", "fallback", "short:64"):
-        assert serve(f"/m --local-prefill {text}").scheduler.local_prefill == text
+        assert serve(f"/m --role decode --local-prefill {text}").scheduler.local_prefill == text
     for line in (
         "--control-host 127.0.0.1",
         "--control-host localhost",
         "--control-host 10.0.0.5 --insecure-control-plane",
         "--control-host 10.0.0.5 --cluster-secret s",
     ):
-        assert serve(f"/m {line}").control.control_host == line.split()[1]
+        assert serve(f"/m --role prefill {line}").control.control_host == line.split()[1]
 
 
 # --- transfer backends -----------------------------------------------------------------------------------------------
@@ -374,7 +384,7 @@ def test_a_backend_that_nobody_knows_is_refused_by_flag_and_by_variable() -> Non
 
 
 def test_an_rdma_device_without_a_backend_means_mooncake_and_says_so_when_it_is_missing() -> None:
-    assert serve("/m --ib-device mlx5_0").transfer.transfer == "mooncake"
+    assert serve("/m --role decode --ib-device mlx5_0").transfer.transfer == "mooncake"
     assert serve("/m", {"PD_IB_DEVICE": "mlx5_0"}).transfer.transfer == "mooncake"
     with pytest.raises(ConfigError, match=r"means mooncake.*pip install pd-transfer-mooncake") as caught:
         serve("/m --role decode --disaggregation-ib-device mlx5_0", backends=ONLY_DIRECT)
@@ -399,9 +409,110 @@ def test_a_backend_without_its_library_is_refused_where_it_would_be_used() -> No
     backends = {**BACKENDS, "nixl": Backend(reason="no module named nixl, pip install nixl")}
     with pytest.raises(ConfigError, match="nixl is unavailable: no module named nixl, pip install nixl"):
         serve("/m --role decode --transfer nixl", backends=backends)
-    assert serve("/m --role unified --transfer nixl", backends=backends).transfer.transfer == "nixl"
+    assert serve("/m --role unified", {"PD_TRANSFER": "nixl"}, backends=backends).transfer.transfer == "nixl"
     with pytest.raises(ConfigError, match="unavailable"):
         up("/m --transfer nixl", backends=backends)
+
+
+# --- flags that would do nothing ------------------------------------------------------------------------------------
+
+#: Flags that do not act on every instance: those on which they do.
+ACT_ON = {
+    "--max-queued-requests": "decode unified",
+    "--local-prefill": "decode",
+    "--local-prefill-tokens": "decode",
+    "--local-prefill-queue": "decode",
+    "--reserve-blocks": "decode unified",
+    "--request-timeout": "decode unified",
+    "--transfer": "prefill decode",
+    "--disaggregation-transfer-backend": "prefill decode",
+    "--ib-device": "prefill decode",
+    "--disaggregation-ib-device": "prefill decode",
+    "--transfer-threads": "prefill",
+    "--transfer-queues": "prefill",
+    "--transfer-timeout": "prefill",
+    "--transfer-memory": "prefill decode",
+    "--control-host": "prefill decode",
+    "--control-port": "prefill",
+    "--disaggregation-bootstrap-port": "prefill decode",  # SGLang's decode lines have it
+    "--cluster-secret": "prefill decode",
+    "--insecure-control-plane": "prefill decode",
+    "--bootstrap-timeout": "",
+    "--waiting-timeout": "decode",
+    "--heartbeat-interval": "decode",
+    "--heartbeat-max-failure": "prefill decode",
+    "--connect-timeout": "prefill decode",
+}
+FLAGS = [(option, flag) for option in options(ServeConfig) for flag in option.flags if option.name != "role"]
+
+
+@pytest.mark.parametrize(("option", "flag"), FLAGS, ids=[flag for _, flag in FLAGS])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_flag_acts_on_the_role_or_is_refused_by_its_name_and_a_variable_is_never_refused(
+    option: settings.Option, flag: str, role: str
+) -> None:
+    words, text = _another_value(option)
+    words = [flag, *words[1:]]
+    line = ["--role", role, *([] if option.name == "model" else ["--model", "/m"])]
+    if option.name == "ib_device":
+        line += [] if role == "unified" else ["--transfer", "mooncake"]
+    if option.name == "transfer":
+        words[1] = text = "nixl"
+    variable = {option.variables[0]: text}
+    if option.name in ("ib_device", "transfer_memory"):
+        variable["PD_TRANSFER"] = "mooncake" if option.name == "ib_device" else "direct"
+    assert parse(ServeConfig, line, variable, backends=BACKENDS).role == role
+    if role in ACT_ON.get(flag, " ".join(ROLES)).split():
+        assert parse(ServeConfig, [*line, *words], {}, backends=BACKENDS).role == role
+        return
+    error = refusal(lambda _: parse(ServeConfig, [*line, *words], {}, backends=BACKENDS), "")
+    assert error.field == flag
+    assert error.problem in (f"it does nothing on {role} instances", "it has no effect yet, on any instance")
+    assert error.remedy.startswith("leave it out")
+
+
+def test_the_roles_of_a_refused_flag_are_in_its_remedy() -> None:
+    error = refusal(serve, "/m --role prefill --local-prefill never")
+    assert str(error) == (
+        "--local-prefill: it does nothing on prefill instances; leave it out: it is for decode instances"
+    )
+    error = refusal(serve, "/m --no-insecure-control-plane")
+    assert (error.field, error.remedy) == (
+        "--no-insecure-control-plane",
+        "leave it out: it is for prefill and decode instances",
+    )
+
+
+def test_in_a_cluster_a_flag_acts_where_one_of_the_instances_uses_it() -> None:
+    assert up("/m --local-prefill never --transfer-threads 2 --waiting-timeout 7").serve.transfer.transfer_threads == 2
+    assert up("/m --prefill 0 --local-prefill never").serve.scheduler.local_prefill == "never"
+    assert up("/m --unified 1 --request-timeout 7").serve.scheduler.request_timeout == 7
+    for line, problem in (
+        ("--prefill 0 --transfer-threads 2", "it does nothing on decode instances"),
+        ("--unified 1 --transfer-memory shm", "it does nothing on unified instances"),
+        ("--bootstrap-timeout 7", "it has no effect yet, on any instance"),
+    ):
+        error = refusal(up, "/m " + line)
+        assert (error.field, error.problem) == (line.split()[-2], problem)
+
+
+@pytest.mark.parametrize("config_type", [ServeConfig, UpConfig])
+def test_the_number_of_a_gpu_is_refused_where_the_cpu_computes(config_type: type) -> None:
+    def number(line: str, accelerator: bool | None, environ: Mapping[str, str] | None = None) -> int:
+        config: Any = parse(config_type, ["/m", *line.split()], environ or {}, accelerator=accelerator)
+        return int(getattr(config, "serve", config).model.base_gpu_id)
+
+    for accelerator in (True, None):
+        assert number("--base-gpu-id 1", accelerator) == 1
+    assert number("--base-gpu-id 0", False) == 0
+    assert number("", False, {"PD_BASE_GPU_ID": "1"}) == 1
+    for line, accelerator, environ, problem in (
+        ("--base-gpu-id 1", False, {}, "this machine has no GPU: the CPU computes"),
+        ("--base-gpu-id 1 --device cpu", True, {}, "it numbers GPUs, and --device says cpu"),
+        ("--base-gpu-id 1", True, {"PD_DEVICE": "cpu"}, "it numbers GPUs, and PD_DEVICE says cpu"),
+    ):
+        error = refusal(lambda line: number(line, accelerator, environ), line)  # noqa: B023
+        assert (error.field, error.problem, error.remedy) == ("--base-gpu-id", problem, "leave it out")
 
 
 # --- pd up -----------------------------------------------------------------------------------------------------------
@@ -412,10 +523,18 @@ def test_up_gives_host_and_port_to_the_router_and_serve_settings_to_every_instan
     assert (config.route.http.port, config.route.http.host) == (9000, "0.0.0.0")
     assert (config.serve.http.port, config.serve.http.host, config.serve.control.control_port) == (0, "127.0.0.1", 0)
     assert (config.prefill, config.decode, config.serve.cache.page_size) == (2, 1, 16)
-    assert config.serve.scheduler.request_timeout == 7
-    assert config.route.request_timeout == RouteConfig().request_timeout
+    assert config.serve.scheduler.request_timeout == config.route.request_timeout == 7
     assert config.serve.log.log_level == config.route.log.log_level == "debug"
     assert up("/m").route.http.port == 8000
+
+
+def test_the_request_timeout_means_the_same_on_instances_and_router() -> None:
+    assert ServeConfig().scheduler.request_timeout == RouteConfig().request_timeout
+    everywhere = {"PD_REQUEST_TIMEOUT": "7200"}
+    for config in (up("/m --request-timeout 7200"), up("/m", everywhere)):
+        assert config.serve.scheduler.request_timeout == config.route.request_timeout == 7200
+    assert route("--decode http://d:4", everywhere).request_timeout == 7200
+    assert serve("/m", everywhere).scheduler.request_timeout == 7200
 
 
 def test_up_without_a_model_serves_the_built_in_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -461,13 +580,15 @@ def test_flags_and_variables_mean_one_setting_each(config_type: type) -> None:
 def test_every_setting_can_be_set_by_flag_and_by_variable_and_says_what_it_is(config_type: type) -> None:
     for option in options(config_type):
         assert option.meta["help"]
-        if option.name in ("transfer", "ib_device", "transfer_memory"):
-            continue  # tested above: they depend on each other
+        if option.name in ("transfer", "ib_device", "transfer_memory") or not option.meta["roles"]:
+            continue  # tested elsewhere: they depend on each other, or have no effect yet
         words, text = _another_value(option)
         rest = [] if config_type is RouteConfig or option.name == "model" else ["--model", "/m"]
         if config_type is RouteConfig:
             rest += ["--prefill", "http://p:1"] if option.name == "prefill_bootstrap_ports" else []
             rest += ["--decode", "http://d:1"] if option.name != "decode" else []
+        if config_type is ServeConfig and option.name != "role":
+            rest += ["--role", option.meta["roles"][0]]
         by_flag = parse(config_type, [*rest, *words], {})
         assert by_flag == parse(config_type, rest, {option.variables[0]: text})
         found: Any = by_flag
@@ -502,7 +623,7 @@ def test_the_help_shows_settings_once_and_never_the_secret(capsys: pytest.Captur
         text = parser.format_help()
         assert text.count("--log-level {") == 2  # in the usage line and in the list
         assert "--fault" not in text
-    assert secret_values(serve("/m --cluster-secret hush")) == ("hush",)
+    assert secret_values(serve("/m --role decode --cluster-secret hush")) == ("hush",)
     assert secret_values(up("/m --cluster-secret hush")) == ("hush",)
 
 
