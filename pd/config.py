@@ -281,8 +281,8 @@ class RouteConfig:
     health_failures: int = setting(2, "failures in a row before a worker is out", at_least=1)
     request_timeout: float = setting(
         600.0,
-        "longest time without a byte from the decode instance, for requests without x-request-timeout; "
-        "2 s later than that the router gives up",
+        "longest time without a byte of a stream (of another answer: 1800 s or this, whichever is more), for requests "
+        "without x-request-timeout; 2 s later than that the router gives up",
         unit="s",
         above=0,
     )

@@ -23,15 +23,18 @@ class Limits:
     """Seconds and bytes. `body_timeout` is the longest pause in an upload.
 
     A request has the time that its client asked for and `grace` besides. Without such a wish what is bounded is its
-    worker's silence: `request_timeout` and `silence_grace` besides. The worker knows both bounds too, and its own
-    answer is the better one. While the client does not read, the worker may not write, and `stall_timeout` counts.
+    worker's silence: `request_timeout` and `silence_grace` besides in a stream, `answer_timeout` before the answer's
+    head, since an answer that is not streamed comes when all of its tokens are there. The worker knows the bounds too,
+    and its own answer is the better one. While the client does not read, the worker may not write, and `stall_timeout`
+    counts.
     """
 
     max_body: int
     request_timeout: float
+    answer_timeout: float
+    stall_timeout: float
     grace: float = 0.5
     silence_grace: float = 2.0
-    stall_timeout: float = 1800.0
     head_timeout: float = 20.0
     body_timeout: float = 30.0
     idle_timeout: float = 120.0
@@ -174,8 +177,10 @@ class ClientConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self.transport.write(data)
 
-    def renew(self) -> None:
+    def renew(self, *, streaming: bool = False) -> None:
         """The worker has been asked or was heard: its silence begins now. Other deadlines stay as they are."""
+        if self._patience and streaming:
+            self._patience = self.limits.request_timeout + self.limits.silence_grace
         if self._patience and not self.paused:
             self.deadline = self.loop.time() + self._patience
 
@@ -248,7 +253,7 @@ class ClientConnection(asyncio.Protocol):
         self._current = item
         item.started = self.loop.time()
         if item.timeout is None:
-            self._patience = self.limits.request_timeout + self.limits.silence_grace
+            self._patience = self.limits.answer_timeout + self.limits.silence_grace
             self.deadline = item.started + (self.limits.stall_timeout if self.paused else self._patience)
         else:
             self.deadline = item.started + item.timeout + self.limits.grace

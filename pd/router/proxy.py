@@ -215,7 +215,7 @@ class Exchange:
         self.status = connection.status
         request.body = b""  # no replay from here on
         stats.first_byte.observe(self.client.loop.time() - request.started)
-        self.client.renew()
+        self.client.renew(streaming=self.events)
         self.client.write(relay_head(connection.status, connection.headers, framing=framing, close=self.close))
         if self.client.paused:
             connection.pause()
@@ -257,7 +257,8 @@ class Exchange:
             return f"the request took longer than {asked:g} s"
         if self.client.paused:
             return f"the client read nothing for {limits.stall_timeout:g} s"
-        return f"nothing came from the decode instance for {limits.request_timeout:g} s"
+        bound = limits.request_timeout if self.status else limits.answer_timeout
+        return f"nothing came from the decode instance for {bound:g} s"
 
     def _others(self) -> bool:
         """Whether a decode is left that has not had this request."""

@@ -33,8 +33,9 @@ PROXIED = {
     "/health_generate": b"GET",
 }
 
-#: Seconds that a client may leave its answer unread at least.
-_STALL_TIMEOUT = 1800.0
+#: Seconds that an answer that is not streamed may take, and that a client may leave its answer unread; more if the
+#: silence of a stream may be longer.
+_LONGEST_WAIT = 1800.0
 
 #: How often deadlines of clients and requests are looked at.
 _TICK = 0.1
@@ -58,7 +59,8 @@ class Router:
         self.limits = Limits(
             max_body=config.max_body,
             request_timeout=config.request_timeout,
-            stall_timeout=max(_STALL_TIMEOUT, config.request_timeout),
+            answer_timeout=max(_LONGEST_WAIT, config.request_timeout),
+            stall_timeout=max(_LONGEST_WAIT, config.request_timeout),
         )
         self.clients: set[ClientConnection] = set()
         self.draining = False

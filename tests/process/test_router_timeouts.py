@@ -18,11 +18,14 @@ PROMPT = b'{"prompt":"hello"}'
 
 @pytest.fixture
 def stall(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Of the bounds that no setting reaches: no grace for a silent worker, and this long for a client that stalls."""
+    """Of the bounds that no setting reaches: no grace for a silent worker, not more for an answer that is not streamed,
+    and this long for a client that stalls.
+    """
     original, seconds = client_module.Limits, 1.5
 
     def limits(**settings: Any) -> client_module.Limits:
-        return original(**{**settings, "silence_grace": 0.0, "stall_timeout": seconds})
+        short = {"silence_grace": 0.0, "answer_timeout": settings["request_timeout"], "stall_timeout": seconds}
+        return original(**{**settings, **short})
 
     monkeypatch.setattr("pd.router.service.Limits", limits)
     return seconds
@@ -49,7 +52,11 @@ async def until_cut(client: Client) -> list[bytes]:
 # --- the worker's silence --------------------------------------------------------------------------------------------
 
 
-def test_a_hanging_worker_costs_the_request_timeout_and_two_seconds_and_no_more(run_async: Run) -> None:
+def test_a_hanging_worker_costs_its_time_and_two_seconds_and_no_more(
+    run_async: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pd.router.service._LONGEST_WAIT", 0.0)
+
     async def main() -> None:
         decode, prefill = FakeWorker(script=silent), prefill_worker()
         async with workers(decode, prefill), routing([decode], [prefill], request_timeout=0.3) as gate:
@@ -80,6 +87,19 @@ def test_a_stream_may_last_as_long_as_something_comes(run_async: Run, stall: flo
             answer = await gate.post()
             assert now() - start > 2.0
             assert answer.body.count(b"data: ") == 6
+
+    run_async(main())
+
+
+def test_an_answer_that_is_not_streamed_may_take_longer_than_a_stream_may_be_silent(run_async: Run) -> None:
+    async def main() -> None:
+        async def whole(call: Call) -> None:
+            await asyncio.sleep(2.6)
+            call.answer(200, b'{"whole":true}')
+
+        decode = FakeWorker(script=whole)
+        async with workers(decode), routing([decode], request_timeout=0.1) as gate:
+            assert (await gate.post()).json == {"whole": True}
 
     run_async(main())
 
