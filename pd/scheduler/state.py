@@ -413,7 +413,8 @@ class Scheduler:
                 side.handoffs.tick(event.now)
         assert self._reporter is not None
         self._reporter.publish(event.now, self.state)
-        self._peers_changed()
+        assert self.admission is not None
+        self.admission.look_again()
 
 
 __all__ = ["Scheduler", "SchedulerSettings", "State"]
