@@ -334,6 +334,8 @@ class Scheduler:
             if message.prompt_logprobs is not None:
                 request.prompt_logprobs = [message.prompt_logprobs]
         self._first(now, request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
+        assert self.decode is not None
+        self.decode.heard(request)
 
     def _notices(self, now: float) -> None:
         for side in (self.prefill, self.decode):
@@ -401,13 +403,9 @@ class Scheduler:
             self._runner_died(ev.RunnerDied(event.now, f"step {flights[0].step} takes longer than {bound:g} s"))
             return
         for request in core.expired(event.now):
-            if request.remote is not None:
-                assert self.prefill is not None
-                self.prefill.expire(event.now, request)
-            else:
-                waited = event.now - request.heard_at
-                message = f"deadline passed in state {request.state.value}, {waited:.1f} s after its last token"
-                self._end(event.now, request, Finish(FinishReason.ERROR, message=message, status=504))
+            waited = event.now - request.heard_at
+            message = f"deadline passed in state {request.state.value}, {waited:.1f} s after its last token"
+            self._end(event.now, request, Finish(FinishReason.ERROR, message=message, status=504))
         for side in (self.prefill, self.decode):
             if side is not None:
                 side.handoffs.tick(event.now)

@@ -435,6 +435,7 @@ class SimCluster:
         stop: tuple[int, ...] = (),
         timeout: float | None = None,
         logprob_start: int = -1,
+        **more: object,
     ) -> Client:
         key = next(self._key)
         sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop)
@@ -453,6 +454,7 @@ class SimCluster:
             logprob_start=logprob_start,
             prefills=tuple(names),
             client_timeout_ms=None if timeout is None else int(timeout * 1000),
+            **more,  # type: ignore[arg-type]
         )
         decode.event(lambda now: ev.RequestSubmitted(now, submit))
         return client

@@ -332,6 +332,33 @@ def test_a_passed_deadline_is_not_worth_another_attempt() -> None:
     assert isinstance(failed, AttemptFailed) and not failed.retryable and "deadline" in failed.reason
 
 
+def test_a_deadline_that_a_token_moved_is_the_one_that_counts() -> None:
+    d, session, id = asked(deadline=3.0)
+    d.now = 2.5
+    d.said(session, first_token(id))
+    d.machine.prolong(1, 5.5)
+    _ = d.notices
+    d.tick(3.5)
+    assert not d.notices
+    d.tick(5.6)
+    failed = d.notices[0]
+    assert isinstance(failed, AttemptFailed) and not failed.retryable and "deadline" in failed.reason
+
+
+def test_no_token_makes_the_wait_for_the_blocks_longer() -> None:
+    d = Decode(config=HandoffConfig(waiting_timeout=4.0))
+    session = d.connect()
+    id = d.ask(deadline=3.0)
+    d.said(session, first_token(id))
+    d.machine.prolong(1, 1e9)
+    _ = d.notices
+    d.tick(3.9)
+    assert not d.notices
+    d.tick(4.0)
+    failed = d.notices[0]
+    assert isinstance(failed, AttemptFailed) and failed.retryable and "within 4 s" in failed.reason
+
+
 # --- lost peers ---
 
 

@@ -111,6 +111,43 @@ def test_the_first_token_is_emitted_before_the_last_block_has_landed() -> None:
     finish(sim, client)
 
 
+def late_blocks(token_at: float, write: float, **limits: object) -> tuple[SimCluster, Client]:
+    """A request whose first token comes at about `token_at` and whose blocks land `write` s later."""
+    sim = world()
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))  # the session is up
+    sim.config.step_time, sim.config.write_delay = (token_at, token_at), (write, write)
+    client = sim.submit(sim.nodes["d0"], prompt(7), 5, **limits)  # type: ignore[arg-type]
+    start = sim.now
+    sim.run(start + token_at + 0.1)
+    assert len(client.tokens) == 1 and not client.ended
+    sim.config.step_time = (0.001, 0.001)
+    return sim, client
+
+
+def test_the_default_deadline_begins_anew_with_the_first_token_of_a_hand_off() -> None:
+    sim, client = late_blocks(1.2, 1.5, idle_timeout_ms=2_000)
+    finish(sim, client)
+    assert client.finish is not None and client.finish.reason is FinishReason.LENGTH
+
+
+def test_without_a_second_token_the_default_deadline_ends_a_hand_off() -> None:
+    sim, client = late_blocks(1.2, 9.0, idle_timeout_ms=2_000)
+    sim.run(sim.now + 1.7)
+    assert not client.ended
+    sim.run(sim.now + 0.3)
+    assert client.finish is not None and client.finish.status == 504
+    finish(sim, client, rest=9.0)
+
+
+def test_no_token_moves_a_clients_own_deadline() -> None:
+    sim, client = late_blocks(1.2, 9.0, timeout=2.0)
+    sim.run(sim.now + 0.5)
+    assert not client.ended
+    sim.run(sim.now + 0.3)
+    assert client.finish is not None and client.finish.status == 504
+    finish(sim, client, rest=9.0)
+
+
 def test_chunks_are_pushed_while_the_next_one_computes() -> None:
     sim = world()
     sim.config.step_time = (0.1, 0.1)
