@@ -29,6 +29,7 @@ from pd.scheduler.decode_table import (
     DecodeState,
     audit_attempts,
 )
+from pd.scheduler.first_token import strange_first_token
 from pd.scheduler.handoff_base import (
     AskSpec,
     AttemptFailed,
@@ -258,8 +259,9 @@ class DecodeHandoffs:
         if a.first_token:
             self.counts.late(message)
             return
-        if len(message.choices) != a.spec.choices:
-            self._detach(now, a, "failed", f"{len(message.choices)} first tokens for {a.spec.choices} choices", True)
+        problem = strange_first_token(message, a.spec, self.identity.vocab_size)
+        if problem:
+            self._detach(now, a, "failed", problem, True)
             return
         a.first_token, a.state = True, DecodeState.LANDING
         self._uncount(a)

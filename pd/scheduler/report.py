@@ -31,6 +31,7 @@ def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
         ranks=[rank],
         groups=[group],
         http=settings.http,
+        vocab_size=model.vocab_size,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from pd.scheduler import events as ev
 from pd.scheduler.actions import Exit, OpenSession, SendPeer
 from pd.testing.fake_runner import reference_tokens
-from pd.testing.instance import Client
+from pd.testing.instance import TINY_MODEL, Client
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
 from pd.types import FinishReason, InstanceState, SamplingParams
 
@@ -250,6 +250,23 @@ def test_damaged_blocks_are_recomputed_never_answered() -> None:
     decode = sim.nodes["d0"].scheduler.decode
     assert decode is not None and decode.handoffs.outcomes["digest_mismatch"] >= 1
     assert client.ended
+
+
+def test_a_first_token_that_the_model_does_not_have_is_another_attempt_not_an_answer() -> None:
+    sim = world(prefills=2)
+    sim.nodes["p0"].runner.next_token = lambda tokens, sampling: TINY_MODEL.vocab_size
+    client = finish(sim, sim.submit(sim.nodes["d0"], prompt(12), 6))
+    assert client.finish is not None and client.finish.reason is FinishReason.LENGTH
+    assert client.started is not None and client.started.prefill == "http://p1"
+
+
+def test_without_another_prefill_a_strange_first_token_ends_the_request_and_nothing_else() -> None:
+    sim = world()
+    sim.nodes["p0"].runner.next_token = lambda tokens, sampling: -1
+    client = finish(sim, sim.submit(sim.nodes["d0"], prompt(12), 6))
+    assert client.finish is not None and client.finish.status == 503 and not client.tokens
+    assert "outside the vocabulary" in client.finish.message
+    assert sim.nodes["d0"].alive
 
 
 def test_a_cancel_reaches_the_prefill_instance() -> None:
