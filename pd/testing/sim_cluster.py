@@ -66,6 +66,7 @@ class Node:
         self.exit: ac.Exit | None = None
         self.grants: dict[tuple[str, int], list[int]] = {}  # (sender, tag) -> blocks
         self.last_command = 0.0
+        self.deaf = False  # its transfer thread hangs
         self.granted: set[tuple[str, int]] = set()  # ever
         self.expelled: set[str] = set()
         self.resets: dict[str, int] = {}  # receiver -> number of resets: earlier writes no longer count
@@ -134,6 +135,8 @@ class Node:
         self.event(lambda now: ev.TransferSaid(now, event))
 
     def _command(self, command: m.TransferCommand) -> None:
+        if self.deaf:
+            return
         match command:
             case m.TransferConnect(peer, _):
                 found = self.world.by_identity(peer)

@@ -282,6 +282,53 @@ def test_a_cancel_reaches_the_prefill_instance() -> None:
     sim.check_rest()
 
 
+def test_a_prefill_instance_whose_transfer_thread_hangs_ends_and_the_next_one_is_asked() -> None:
+    sim = world(prefills=2, step_timeout=5.0)
+    sim.config.write_delay = (60.0, 60.0)
+    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
+    sim.run(0.5)
+    sick, receiver = sim.nodes["p0"], sim.nodes["d0"].identity
+    sick.deaf = True
+    sim.abort(client)  # its push must be reset
+    sim.config.write_delay = (0.001, 0.001)
+    sim.run(sim.now + 5.0)
+    assert sick.alive, "the reset was ordered a second after the cancel"
+    sim.run(sim.now + 1.2)
+    assert sick.exit is not None and sick.exit.code == 1
+    assert sick.exit.reason == f"the transfer thread has not answered TransferResetPeer of {receiver} for 5 s"
+    other = sim.submit(sim.nodes["d0"], prompt(12, 2), 6)
+    assert sim.settle(20)
+    assert other.started is not None and other.started.prefill == "http://p1"
+
+
+def test_a_decode_instance_whose_transfer_thread_hangs_ends_every_request() -> None:
+    sim = world(step_timeout=5.0)
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))
+    sim.nodes["d0"].deaf = True
+    sim.config.revocable = False  # what is granted there stays granted
+    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
+    sim.abort(client)
+    waiting = sim.submit(sim.nodes["d0"], prompt(12, 2), 6)
+    sim.run(sim.now + 7.0)
+    end = sim.nodes["d0"].exit
+    assert end is not None and end.code == 1 and "TransferRevoke of p0/1/0" in end.reason
+    assert waiting.finish is not None and waiting.finish.status == 500
+
+
+def test_a_scheduler_that_stood_still_hears_its_runner_out_before_it_judges() -> None:
+    sim = world(step_timeout=5.0)
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))
+    node = sim.nodes["d0"]
+    node.deaf = True
+    client = sim.submit(node, prompt(12), 6)
+    sim.run(sim.now + 0.1)
+    sim.abort(client)
+    sim.run(sim.now + 1.2)
+    later = sim.now + 9.0
+    assert not [a for a in node.scheduler.handle(ev.Tick(later, 9.0)) if isinstance(a, Exit)]
+    assert [a for a in node.scheduler.handle(ev.Tick(later + 0.05, 0.0)) if isinstance(a, Exit)]
+
+
 def test_a_draining_prefill_finishes_its_hand_offs_refuses_new_ones_and_exits() -> None:
     from pd.scheduler import events as ev
 
