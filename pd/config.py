@@ -126,7 +126,9 @@ class SchedulerConfig:
         1, "growth blocks per running request that are never granted", readme=False, roles=ANSWERING, at_least=0
     )
     request_timeout: float = setting(600.0, "longest time without a new token", unit="s", roles=ANSWERING, above=0)
-    step_timeout: float = setting(60.0, "a step longer than this means that the runner hangs", unit="s", above=0)
+    step_timeout: float = setting(
+        60.0, "a step or a transfer command that takes longer means that the runner hangs", unit="s", above=0
+    )
 
 
 @dataclass(frozen=True)

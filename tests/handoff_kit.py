@@ -37,15 +37,15 @@ def identity(instance: str, incarnation: int = 1, ranks: int = 1, **changes: Any
 
 
 def spec(tokens: int = 10, first_block: int = 0, deadline: float = 1000.0, **changes: Any) -> AskSpec:
-    return AskSpec(
-        tokens_i32=to_i32(range(tokens)),
-        prompt_len=tokens,
-        sampling=SamplingParams(seed=1),
-        first_block=first_block,
-        deadline=deadline,
-        tail_tokens=tokens % PAGE or PAGE,
-        **changes,
-    )
+    fields: dict[str, Any] = {
+        "tokens_i32": to_i32(range(tokens)),
+        "prompt_len": tokens,
+        "sampling": SamplingParams(seed=1),
+        "first_block": first_block,
+        "deadline": deadline,
+        "tail_tokens": tokens % PAGE or PAGE,
+    }
+    return AskSpec(**{**fields, **changes})
 
 
 def first_token(id: HandoffId, token: int = 5) -> m.FirstToken:
@@ -72,10 +72,13 @@ class Machine:
 
 
 class Decode(Machine):
-    def __init__(self, blocks: int = 21, ranks: int = 1, config: HandoffConfig | None = None) -> None:
+    def __init__(
+        self, blocks: int = 21, ranks: int = 1, config: HandoffConfig | None = None, vocab_size: int = 1 << 31
+    ) -> None:
         super().__init__()
         self.pool = BlockPool(blocks)
-        self.machine = DecodeHandoffs(self.out, self.pool, identity("d", ranks=ranks), config or HandoffConfig())
+        who = identity("d", ranks=ranks, vocab_size=vocab_size)
+        self.machine = DecodeHandoffs(self.out, self.pool, who, config or HandoffConfig())
         self.session = 100
 
     def connect(self, endpoint: str = P0, instance: str = "p0", incarnation: int = 1, ranks: int = 1, credit: int = 100,

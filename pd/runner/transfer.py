@@ -55,6 +55,16 @@ def open_backend(
     return backend
 
 
+def engine_config(config: RunnerConfig) -> EngineConfig:
+    settings = config.transfer
+    return EngineConfig(
+        threads=settings.transfer_threads,
+        queues=settings.transfer_queues,
+        timeout=settings.transfer_timeout,
+        rank=config.rank,
+    )
+
+
 def make_engine(
     config: RunnerConfig,
     backend: TransferBackend,
@@ -64,14 +74,7 @@ def make_engine(
     failed: Callable[[BaseException], None],
 ) -> TransferEngine:
     """An engine whose pool is registered. It owns the backend from now on; `failed` may be called from any thread."""
-    settings = config.transfer
-    engine = TransferEngine(
-        backend,
-        [Pool(region, shape)],
-        memory,
-        EngineConfig(settings.transfer_threads, settings.transfer_queues, settings.transfer_timeout, config.rank),
-        failed,
-    )
+    engine = TransferEngine(backend, [Pool(region, shape)], memory, engine_config(config), failed)
     engine.register()
     return engine
 

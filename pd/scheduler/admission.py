@@ -29,19 +29,37 @@ class Admission:
 
     def __init__(self, core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) -> None:
         self.core, self.decode, self.prefill = core, decode, prefill
-        self._need = 0  # blocks that the head of the queue lacked when it was last looked at
+        # Of the last look: blocks that the first to lack memory needed (0: none did), who was first in the queue, and
+        # how many requests had a claim on the reserve.
+        self._need = 0
+        self._head: Request | None = None
+        self._claims = 0
         self._peers_changed = True
-        self._all_wait_for_peers = False
+        self._some_wait_for_peers = False
 
     def peers_changed(self) -> None:
         self._peers_changed = True
 
+    def look_again(self) -> None:
+        """Time has passed: what a waiting request needs may have fallen unseen (a running one computed its prefix)."""
+        self._need, self._peers_changed = 0, True
+
+    def _futile(self, head: Request, asked: int) -> bool:
+        """Whether another look would find what the last one found. Looking costs a walk through the prefix cache."""
+        core = self.core
+        if self._some_wait_for_peers and self._peers_changed:
+            return False
+        if not self._need:
+            return self._some_wait_for_peers
+        if head is not self._head or core.batcher.count + asked < self._claims:
+            return False  # another may need less; with fewer requests the growth reserve is smaller
+        return core.pool.available < self._need
+
     def run(self, now: float) -> None:
         core = self.core
         asked = self.decode.asked if self.decode is not None else 0
-        if not len(core.waiting) or core.pool.available < self._need:
-            return
-        if not self._peers_changed and self._all_wait_for_peers:
+        head = core.waiting.peek()
+        if head is None or self._futile(head, asked):
             return
         passed: list[Request] = []
         self._peers_changed, self._need = False, 0
@@ -58,7 +76,9 @@ class Admission:
             asked = self.decode.asked if self.decode is not None else 0
         for request in passed:
             core.waiting.push(request)
-        self._all_wait_for_peers = bool(passed) and self._need == 0
+        self._head = core.waiting.peek()
+        self._claims = core.batcher.count + asked
+        self._some_wait_for_peers = len(passed) > (self._need > 0)
         if self._need and not core.batcher.count and not asked:
             self._unpin_waiting()
 

@@ -153,7 +153,7 @@ class Core:
             heapq.heappush(self._expiry, (request.expires, request.key, request))
 
     def expired(self, now: float) -> list[Request]:
-        """Requests whose deadline has passed. A deadline that moved meanwhile is watched anew."""
+        """Clients' requests whose deadline has passed. A deadline that moved meanwhile is watched anew."""
         late: list[Request] = []
         while self._expiry and self._expiry[0][0] <= now:
             request = heapq.heappop(self._expiry)[2]

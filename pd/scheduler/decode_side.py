@@ -58,6 +58,11 @@ class DecodeSide:
         self.asked += 1
         return True
 
+    def heard(self, request: Request) -> None:
+        """The first token came: what the default deadline bounds, the time without a new one, begins anew."""
+        if request.handoff is not None:
+            self.handoffs.prolong(request.key, request.expires)
+
     def drop(self, now: float, request: Request, reason: str) -> None:
         """The request ends for another reason: its attempt drains on its own."""
         if request.handoff is not None:

@@ -45,6 +45,14 @@ class DecodeEvent(enum.Enum):
     OVER = "over"
 
 
+PEER_EVENTS: dict[type, DecodeEvent] = {
+    m.FirstToken: DecodeEvent.FIRST_TOKEN,
+    m.Landed: DecodeEvent.LANDED,
+    m.Refused: DecodeEvent.REFUSED,
+    m.Failed: DecodeEvent.FAILED,
+    m.Cancelled: DecodeEvent.CANCELLED,
+}
+
 _S = DecodeState
 
 DECODE_TABLE: Table[DecodeState, DecodeEvent] = Table.build(
@@ -112,7 +120,8 @@ DECODE_TABLE: Table[DecodeState, DecodeEvent] = Table.build(
 class Attempt:
     """`unquiet`: sender identity -> local ranks on which a write of it may still land. Empty means quiet.
 
-    `digests`: per sending rank, as its Landed said. `counted`: it is part of its peer's `asked`.
+    `digests`: per sending rank, as its Landed said. `counted`: it is part of its peer's `asked`. `deadline` is the
+    spec's until a token comes.
     """
 
     id: HandoffId
@@ -136,6 +145,10 @@ class Attempt:
     revoked: set[str] = field(default_factory=set)  # senders whose grants are gone at every local rank
     revoke_at: float = NEVER
     cancel_at: float = NEVER
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = self.spec.deadline
 
     def rank_landed(self, message: m.Landed) -> None:
         """One sending rank's writes are done; a second report of it changes nothing."""

@@ -49,6 +49,7 @@ class LocalIdentity:
     lanes: int = 1
     http: str = ""
     token: bytes = b""
+    vocab_size: int = 1 << 31  # token ids that peers send lie below
 
     @property
     def local_ranks(self) -> frozenset[int]:

@@ -21,6 +21,7 @@ from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, DecodePeers, Peer, Sender
 from pd.scheduler.decode_table import (
     DECODE_TABLE,
+    PEER_EVENTS,
     Attempt,
     Counters,
     DecodeAudit,
@@ -28,6 +29,7 @@ from pd.scheduler.decode_table import (
     DecodeState,
     audit_attempts,
 )
+from pd.scheduler.first_token import strange_first_token
 from pd.scheduler.handoff_base import (
     AskSpec,
     AttemptFailed,
@@ -44,14 +46,6 @@ from pd.scheduler.handoff_base import (
     to_i32,
 )
 from pd.types import HandoffId, InstanceState, Load
-
-_PEER_EVENTS: dict[type, DecodeEvent] = {
-    m.FirstToken: DecodeEvent.FIRST_TOKEN,
-    m.Landed: DecodeEvent.LANDED,
-    m.Refused: DecodeEvent.REFUSED,
-    m.Failed: DecodeEvent.FAILED,
-    m.Cancelled: DecodeEvent.CANCELLED,
-}
 
 
 class DecodeHandoffs:
@@ -141,6 +135,12 @@ class DecodeHandoffs:
         if attempt is not None:
             self._event(now, attempt, DecodeEvent.LEFT, reason)
 
+    def prolong(self, key: int, deadline: float) -> None:
+        """A token came: the request's deadline, and with it that of its attempt, may be another one from now on."""
+        attempt = self._current.get(key)
+        if attempt is not None:
+            attempt.deadline = deadline
+
     def tell(self, now: float, endpoint: str, message: m.PeerMessage) -> bool:
         """Send a message that belongs to no hand-off (Answered). False when there is no session."""
         peer = self.peers.at(endpoint)
@@ -198,7 +198,7 @@ class DecodeHandoffs:
             self.counts.late(message)  # said before the session ended
             return
         peer.heard_at = now
-        event = _PEER_EVENTS.get(type(message))
+        event = PEER_EVENTS.get(type(message))
         if event is not None:
             self._about(now, peer, event, message)
         elif isinstance(message, m.Heartbeat):
@@ -246,7 +246,7 @@ class DecodeHandoffs:
         for attempt in list(self._open.values()):
             if attempt.state in (DecodeState.DRAINING, DecodeState.QUARANTINED):
                 self._remind(now, attempt)
-            elif now >= attempt.spec.deadline or now - attempt.asked_at >= self.config.waiting_timeout:
+            elif now >= attempt.deadline or now - attempt.asked_at >= self.config.waiting_timeout:
                 self._event(now, attempt, DecodeEvent.EXPIRED, None)
         self.peers.pursue(now)
 
@@ -259,8 +259,9 @@ class DecodeHandoffs:
         if a.first_token:
             self.counts.late(message)
             return
-        if len(message.choices) != a.spec.choices:
-            self._detach(now, a, "failed", f"{len(message.choices)} first tokens for {a.spec.choices} choices", True)
+        problem = strange_first_token(message, a.spec, self.identity.vocab_size)
+        if problem:
+            self._detach(now, a, "failed", problem, True)
             return
         a.first_token, a.state = True, DecodeState.LANDING
         self._uncount(a)
@@ -314,7 +315,7 @@ class DecodeHandoffs:
         tried = (*a.tried, a.endpoint)
         rest = [c for c in a.spec.candidates if c not in tried]
         choice = self.choose(now, rest, a.spec.tokens)
-        if choice.kind is ChoiceKind.READY and now < a.spec.deadline:
+        if choice.kind is ChoiceKind.READY and now < a.deadline:
             self._ask(now, a.key, choice.endpoint, a.spec, a.blocks, tried)
             return
         self.pool.quiet(a.blocks)
@@ -333,7 +334,7 @@ class DecodeHandoffs:
         self._detach(now, a, "cancelled", None, False)
 
     def _expired(self, now: float, a: Attempt, _: None) -> None:
-        dead = now >= a.spec.deadline
+        dead = now >= a.deadline
         reason = "the request's deadline passed" if dead else f"no KV cache within {self.config.waiting_timeout:g} s"
         self._detach(now, a, "expired", reason, not dead)
 
@@ -367,7 +368,7 @@ class DecodeHandoffs:
         self.pool.quiet(a.blocks)
 
     def _expired_verifying(self, now: float, a: Attempt, _: None) -> None:
-        retry = now < a.spec.deadline
+        retry = now < a.deadline
         self._notices.append(AttemptFailed(a.key, a.id, a.endpoint, "it was not verified in time", retry))
         self._close(a, "expired")
         self.pool.quiet(a.blocks)
@@ -416,7 +417,6 @@ class DecodeHandoffs:
 
     def _quarantine(self, a: Attempt) -> None:
         a.state = DecodeState.QUARANTINED
-        self.counts.outcome("quarantined")
         self.pool.quarantine(a.blocks)
 
     def _release_if_quiet(self, a: Attempt) -> None:

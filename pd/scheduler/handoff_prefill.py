@@ -320,7 +320,7 @@ class PrefillHandoffs:
         for session, reason in self.peers.tick(now):
             self._end(now, session, "transfer", reason)
         for h in list(self._open.values()):
-            if h.state in LIVE and now >= h.deadline:
+            if h.overdue(now):
                 self._event(now, h, PrefillEvent.FAIL, ("the request's deadline passed", False))
             elif h.state is PrefillState.STOPPING:
                 self._close_if_quiet(now, h, None)

@@ -65,7 +65,6 @@ class PrefillSide:
         request.logprob_start = message.logprob_start
         request.prompt_top_logprobs = message.prompt_top_logprobs
         request.priority, request.salt, request.room = message.priority, message.salt, message.room
-        request.deadline = notice.deadline
         self._requests[notice.id] = request
         request.first_block = message.first_block
         self.core.add(request, now)
@@ -119,11 +118,6 @@ class PrefillSide:
             self.handoffs.first_token(now, id, choices, request.cached, request.merged_prompt_logprobs())
             pages = self.core.batcher.pages(request.known)
             self.handoffs.computed(now, id, [request.tail_digests[p] for p in range(request.first_block, pages)])
-
-    def expire(self, now: float, request: Request) -> None:
-        assert request.remote is not None
-        self.handoffs.fail(now, request.remote, "the request's deadline passed", retryable=False)
-        request.deadline = float("inf")
 
 
 def split_digests(done: StepDone, chunks: list[Chunk]) -> list[list[int]]:

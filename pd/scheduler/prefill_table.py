@@ -104,6 +104,10 @@ class Handoff:
     quiet_at: float = 0.0  # not closed before
     source_free: bool = False
 
+    def overdue(self, now: float) -> bool:
+        """Once the first token is sent the decode instance alone knows the deadline: a token may move it."""
+        return self.state in LIVE and not self.first_sent and now >= self.deadline
+
 
 @dataclass(eq=False)
 class PushState:

@@ -31,6 +31,7 @@ def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
         ranks=[rank],
         groups=[group],
         http=settings.http,
+        vocab_size=model.vocab_size,
     )
 
 
@@ -45,6 +46,7 @@ def make_sides(core: Core, ready: RunnerReady) -> tuple[DecodeSide | None, Prefi
         heartbeat_max_failure=control.heartbeat_max_failure,
         connect_timeout=control.connect_timeout,
         waiting_timeout=control.waiting_timeout,
+        step_timeout=settings.scheduler.step_timeout,
     )
     if settings.role is Role.DECODE:
         return DecodeSide(core, DecodeHandoffs(core.out, core.pool, identity, config)), None

@@ -187,14 +187,22 @@ class WaitingQueue:
                 self._heap = [e for e in self._heap if self._live.get(e[4].key) == e[3]]
                 heapq.heapify(self._heap)
 
-    def pop(self) -> Request | None:
+    def peek(self) -> Request | None:
+        """The request that `pop` would take."""
         while self._heap:
-            *_, serial, request = heapq.heappop(self._heap)
+            *_, serial, request = self._heap[0]
             if self._live.get(request.key) == serial:
-                del self._live[request.key]
-                self.tokens -= request.known
                 return request
+            heapq.heappop(self._heap)
         return None
+
+    def pop(self) -> Request | None:
+        request = self.peek()
+        if request is not None:
+            heapq.heappop(self._heap)
+            del self._live[request.key]
+            self.tokens -= request.known
+        return request
 
     def __iter__(self) -> Iterator[Request]:
         return (e[4] for e in self._heap if self._live.get(e[4].key) == e[3])

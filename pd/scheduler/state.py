@@ -16,14 +16,18 @@ import numpy as np
 from pd.messages import Answer, Finish, FirstToken, LogprobRow, StepDone, Submit, TokenLogprobs
 from pd.scheduler import events as ev
 from pd.scheduler import report
-from pd.scheduler.actions import Action, Exit, Reply, RunStep
+from pd.scheduler.actions import Action, Exit, Reply, RunStep, Transfer
 from pd.scheduler.admission import Admission
 from pd.scheduler.batch import Chunk, InFlight
 from pd.scheduler.core import Core, SchedulerSettings
 from pd.scheduler.decode_side import DecodeSide
 from pd.scheduler.prefill_side import PrefillSide, split_digests
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
+from pd.scheduler.transfer_watch import TransferWatch
 from pd.types import FinishReason, InstanceState, Role
+
+#: A tick that is late by more, seconds, judges nobody: the runner may have answered while this process stood still.
+LATE_TICK = 1.0
 
 
 class Scheduler:
@@ -38,6 +42,7 @@ class Scheduler:
         self.prefill: PrefillSide | None = None
         self.admission: Admission | None = None
         self._reporter: report.Reporter | None = None
+        self._watch: TransferWatch | None = None
         self._drain_by = float("inf")
         self._exited = False
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -77,6 +82,10 @@ class Scheduler:
                 self._maybe_exit(now)
         out = self.out[:]
         self.out.clear()  # the parts hold on to this very list
+        if self._watch is not None:
+            for action in out:
+                if isinstance(action, Transfer):
+                    self._watch.sent(event.now, action.command)
         return out
 
     # --- the instance ---
@@ -86,6 +95,8 @@ class Scheduler:
         self.decode, self.prefill = report.make_sides(core, event.ready)
         self.admission = Admission(core, self.decode, self.prefill)
         self._reporter = report.Reporter(core, self.decode, self.prefill)
+        if self.settings.role is not Role.UNIFIED:
+            self._watch = TransferWatch((event.ready.rank,), self.settings.scheduler.step_timeout)
         if self.state is InstanceState.STARTING:
             self.state = InstanceState.READY
         core.log("ready", blocks=core.pool.total, tokens=core.capacity_tokens)
@@ -334,6 +345,8 @@ class Scheduler:
             if message.prompt_logprobs is not None:
                 request.prompt_logprobs = [message.prompt_logprobs]
         self._first(now, request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
+        assert self.decode is not None
+        self.decode.heard(request)
 
     def _notices(self, now: float) -> None:
         for side in (self.prefill, self.decode):
@@ -349,6 +362,8 @@ class Scheduler:
                             self._first_token(now, *came)
 
     def _transfer_said(self, event: ev.TransferSaid) -> None:
+        if self._watch is not None:
+            self._watch.answered(event.now, event.event)
         for side in (self.prefill, self.decode):
             if side is not None:
                 side.handoffs.transfer_said(event.now, event.event)
@@ -387,6 +402,13 @@ class Scheduler:
 
     # --- time ---
 
+    def _hung(self, core: Core, now: float) -> str:
+        """Why the runner is taken for dead although its connection stands, or ""."""
+        flights, bound = core.batcher.inflight, self.settings.scheduler.step_timeout
+        if flights and now - flights[0].at > bound:
+            return f"step {flights[0].step} takes longer than {bound:g} s"
+        return self._watch.problem(now) if self._watch is not None else ""
+
     def _tick(self, event: ev.Tick) -> None:
         if self._exited:
             return  # the sessions have been closed, and none is to be opened
@@ -396,24 +418,21 @@ class Scheduler:
                 self._exit(0, "drain bound passed")
             return
         core.stats.lags.append(event.lag)
-        flights, bound = core.batcher.inflight, self.settings.scheduler.step_timeout
-        if flights and event.now - flights[0].at > bound:
-            self._runner_died(ev.RunnerDied(event.now, f"step {flights[0].step} takes longer than {bound:g} s"))
+        hung = self._hung(core, event.now) if event.lag <= LATE_TICK else ""
+        if hung:
+            self._runner_died(ev.RunnerDied(event.now, hung))
             return
         for request in core.expired(event.now):
-            if request.remote is not None:
-                assert self.prefill is not None
-                self.prefill.expire(event.now, request)
-            else:
-                waited = event.now - request.heard_at
-                message = f"deadline passed in state {request.state.value}, {waited:.1f} s after its last token"
-                self._end(event.now, request, Finish(FinishReason.ERROR, message=message, status=504))
+            waited = event.now - request.heard_at
+            message = f"deadline passed in state {request.state.value}, {waited:.1f} s after its last token"
+            self._end(event.now, request, Finish(FinishReason.ERROR, message=message, status=504))
         for side in (self.prefill, self.decode):
             if side is not None:
                 side.handoffs.tick(event.now)
         assert self._reporter is not None
         self._reporter.publish(event.now, self.state)
-        self._peers_changed()
+        assert self.admission is not None
+        self.admission.look_again()
 
 
 __all__ = ["Scheduler", "SchedulerSettings", "State"]

@@ -66,6 +66,7 @@ class Node:
         self.exit: ac.Exit | None = None
         self.grants: dict[tuple[str, int], list[int]] = {}  # (sender, tag) -> blocks
         self.last_command = 0.0
+        self.deaf = False  # its transfer thread hangs
         self.granted: set[tuple[str, int]] = set()  # ever
         self.expelled: set[str] = set()
         self.resets: dict[str, int] = {}  # receiver -> number of resets: earlier writes no longer count
@@ -134,6 +135,8 @@ class Node:
         self.event(lambda now: ev.TransferSaid(now, event))
 
     def _command(self, command: m.TransferCommand) -> None:
+        if self.deaf:
+            return
         match command:
             case m.TransferConnect(peer, _):
                 found = self.world.by_identity(peer)
@@ -435,6 +438,7 @@ class SimCluster:
         stop: tuple[int, ...] = (),
         timeout: float | None = None,
         logprob_start: int = -1,
+        **more: object,
     ) -> Client:
         key = next(self._key)
         sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop)
@@ -453,6 +457,7 @@ class SimCluster:
             logprob_start=logprob_start,
             prefills=tuple(names),
             client_timeout_ms=None if timeout is None else int(timeout * 1000),
+            **more,  # type: ignore[arg-type]
         )
         decode.event(lambda now: ev.RequestSubmitted(now, submit))
         return client

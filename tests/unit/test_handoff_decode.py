@@ -332,6 +332,33 @@ def test_a_passed_deadline_is_not_worth_another_attempt() -> None:
     assert isinstance(failed, AttemptFailed) and not failed.retryable and "deadline" in failed.reason
 
 
+def test_a_deadline_that_a_token_moved_is_the_one_that_counts() -> None:
+    d, session, id = asked(deadline=3.0)
+    d.now = 2.5
+    d.said(session, first_token(id))
+    d.machine.prolong(1, 5.5)
+    _ = d.notices
+    d.tick(3.5)
+    assert not d.notices
+    d.tick(5.6)
+    failed = d.notices[0]
+    assert isinstance(failed, AttemptFailed) and not failed.retryable and "deadline" in failed.reason
+
+
+def test_no_token_makes_the_wait_for_the_blocks_longer() -> None:
+    d = Decode(config=HandoffConfig(waiting_timeout=4.0))
+    session = d.connect()
+    id = d.ask(deadline=3.0)
+    d.said(session, first_token(id))
+    d.machine.prolong(1, 1e9)
+    _ = d.notices
+    d.tick(3.9)
+    assert not d.notices
+    d.tick(4.0)
+    failed = d.notices[0]
+    assert isinstance(failed, AttemptFailed) and failed.retryable and "within 4 s" in failed.reason
+
+
 # --- lost peers ---
 
 
@@ -350,7 +377,7 @@ def test_blocks_of_a_lost_sender_are_quarantined_where_the_runner_cannot_revoke(
     d, session, id = asked()
     d.machine.session_down(0.0, session, "closed")
     d.revoked(id, quiet=False)
-    assert d.counts() == (17, 0, 3) and d.machine.outcomes == {"lost": 1, "quarantined": 1}
+    assert d.counts() == (17, 0, 3) and d.machine.outcomes == {"lost": 1}
 
 
 def lost_and_quarantined() -> tuple[Decode, HandoffId]:

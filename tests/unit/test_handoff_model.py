@@ -16,7 +16,7 @@ from pd import messages as m
 from pd.scheduler.decode_peers import Peer, Sender
 from pd.scheduler.decode_table import Attempt, DecodeState
 from pd.scheduler.handoff import DECODE_TABLE, PREFILL_TABLE, DecodeHandoffs, PrefillHandoffs
-from pd.scheduler.prefill_table import Handoff, PrefillEvent
+from pd.scheduler.prefill_table import LIVE, Handoff, PrefillEvent
 from pd.testing.handoff_data import Violation
 from pd.testing.handoff_world import World
 from pd.types import HandoffId
@@ -96,6 +96,45 @@ def test_the_world_gets_everywhere() -> None:
     }.items():
         for event in events.split():
             assert f"{state} {event}" in names
+
+
+class CountedDecode(DecodeHandoffs):
+    """Compares its figures with what it was asked."""
+
+    asked = 0
+
+    def _ask(self, *args: Any) -> HandoffId:
+        self.asked += 1
+        return super()._ask(*args)
+
+    def audit(self) -> Any:
+        pending = (DecodeState.ASKED, DecodeState.LANDING, DecodeState.VERIFYING)
+        left = self.asked - sum(a.state in pending for a in self._open.values())
+        if sum(self.outcomes.values()) != left:
+            raise Violation(f"{left} hand-offs have left their requests, counted: {self.outcomes}")
+        return super().audit()
+
+
+class CountedPrefill(PrefillHandoffs):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: set[HandoffId] = set()
+
+    def _asked(self, now: float, session: Any, message: m.Prefill) -> None:
+        if message.id not in self._closed:  # cancelled before it came
+            self.asked.add(message.id)
+        super()._asked(now, session, message)
+
+    def audit(self) -> Any:
+        over = len(self.asked) - sum(h.state in LIVE for h in self._open.values())
+        if sum(self.outcomes.values()) != over:
+            raise Violation(f"{over} hand-offs are over, counted: {self.outcomes}")
+        return super().audit()
+
+
+def test_every_hand_off_is_counted_once_by_how_it_ended() -> None:
+    for seed in range(150):
+        World(seed, decode_machine=CountedDecode, prefill_machine=CountedPrefill).run()
 
 
 def test_no_transition_is_left_undefined() -> None:

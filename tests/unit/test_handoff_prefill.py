@@ -413,6 +413,19 @@ def test_a_passed_deadline_fails_the_hand_off_for_good() -> None:
     assert isinstance(failed, m.Failed) and not failed.retryable and "deadline" in failed.reason
 
 
+def test_after_the_first_token_only_the_decode_instance_knows_the_deadline() -> None:
+    p, session, id = accepted(remaining_ms=1000)
+    push = p.push(id)
+    p.machine.first_token(0.9, id, [m.FirstChoice(7)], 0)
+    p.machine.computed(0.9, id, [1, 2, 3])
+    p.orders()
+    p.said(session, m.Heartbeat(InstanceState.READY, Load()))
+    p.tick(1.1)
+    assert not p.sent() and not [n for n in p.notices if isinstance(n, SourceFree)]
+    p.pushed(push)
+    assert [type(x) for x in p.sent()] == [m.Landed]
+
+
 def test_a_lost_session_stops_everything_and_frees_sources_only_when_quiet() -> None:
     p, session, id = accepted()
     push = p.push(id)

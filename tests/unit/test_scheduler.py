@@ -299,6 +299,95 @@ def test_a_full_queue_answers_503() -> None:
     instance.run()
 
 
+# --- waiting for memory ---------------------------------------------------------------------------------------------
+
+
+def short_of_memory(blocks: int = 13, quarantined: int = 6) -> tuple[Instance, Client, Client]:
+    """A pool of 20 blocks: a request that runs in one or two, and one behind it that needs `blocks`."""
+    instance = Instance(num_blocks=21)
+    core = instance.scheduler.core
+    assert core is not None
+    core.pool.quarantine(core.pool.grant(quarantined) or [])
+    first = instance.submit(1, prompt(2), 6)
+    waiting = instance.submit(2, prompt(4 * blocks - 2, 2), 2)
+    assert core.requests[2].state is State.WAITING
+    return instance, first, waiting
+
+
+def test_a_request_starts_when_the_growth_reserve_that_it_waited_for_is_gone() -> None:
+    instance, first, waiting = short_of_memory()
+    core = instance.scheduler.core
+    assert core is not None
+    while not first.ended:
+        assert core.requests[2].state is State.WAITING
+        instance.finish_step()
+    assert core.batcher.count == 1, "14 blocks are there: 13, and a reserve of one for the only one that runs"
+    instance.run()
+    assert waiting.tokens == expected(prompt(50, 2), 2)
+
+
+def test_nobody_waits_for_the_memory_of_a_request_that_left() -> None:
+    instance, first, _ = short_of_memory(blocks=16, quarantined=5)
+    instance.handle(ev.AbortRequested(0.0, 2, "gone"))
+    instance.submit(3, prompt(2, 3), 2)
+    core = instance.scheduler.core
+    assert core is not None and core.requests[3].state is not State.WAITING and not first.ended
+    instance.run()
+
+
+def test_a_smaller_request_of_higher_priority_does_not_wait_for_the_memory_of_a_larger_one() -> None:
+    instance, first, waiting = short_of_memory()
+    instance.submit(3, prompt(2, 3), 2, priority=1)
+    core = instance.scheduler.core
+    assert core is not None and core.requests[3].state is not State.WAITING and not first.ended
+    instance.run()
+    assert waiting.ended
+
+
+def test_pins_of_waiting_retries_are_given_up_when_nothing_runs_and_the_first_lacks_memory() -> None:
+    instance, first, waiting = short_of_memory(blocks=18, quarantined=0)
+    core = instance.scheduler.core
+    assert core is not None
+    instance.submit(3, prompt(20, 3), 2)
+    core.requests[3].blocks = core.pool.allocate(4) or []
+    while not first.ended:
+        instance.finish_step()
+    assert core.batcher.count == 0 and not core.requests[3].blocks
+    instance.tick(0.05)
+    instance.run()
+    assert waiting.tokens == expected(prompt(70, 2), 2)
+
+
+def test_a_request_that_lacked_memory_starts_once_a_running_one_has_computed_their_common_prefix() -> None:
+    instance = Instance(num_blocks=21)
+    first = instance.submit(1, prompt(32), 30)
+    second = instance.submit(2, prompt(32) + prompt(18, 2), 2)
+    core = instance.scheduler.core
+    assert core is not None and core.requests[2].state is State.WAITING, "13 blocks of its own are not there"
+    for _ in range(2):
+        instance.finish_step()
+    instance.tick(0.05)
+    assert core.requests[2].state is State.PREFILL and not first.ended
+    instance.run()
+    assert second.started is not None and second.started.cached_tokens == 32
+
+
+def test_requests_that_wait_for_memory_cost_nothing_while_nothing_changes() -> None:
+    instance = Instance(num_blocks=65)
+    core = instance.scheduler.core
+    assert core is not None
+    instance.submit(1, prompt(2), 100)
+    for key in range(2, 1000):
+        instance.submit(key, prompt(248, key), 2)
+    matches, match = [], core.prefix.match
+    core.prefix.match = lambda *args: matches.append(args) or match(*args)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(50):
+        instance.finish_step()
+    assert not matches, "the first was looked at when it came"
+    instance.tick(0.05)
+    assert len(matches) == 1, "and once a tick"
+
+
 # --- time, ends -----------------------------------------------------------------------------------------------------
 
 

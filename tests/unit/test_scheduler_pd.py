@@ -9,7 +9,7 @@ import pytest
 from pd.scheduler import events as ev
 from pd.scheduler.actions import Exit, OpenSession, SendPeer
 from pd.testing.fake_runner import reference_tokens
-from pd.testing.instance import Client
+from pd.testing.instance import TINY_MODEL, Client
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
 from pd.types import FinishReason, InstanceState, SamplingParams
 
@@ -109,6 +109,43 @@ def test_the_first_token_is_emitted_before_the_last_block_has_landed() -> None:
     sim.run(0.5)
     assert len(client.tokens) == 1 and not client.ended
     finish(sim, client)
+
+
+def late_blocks(token_at: float, write: float, **limits: object) -> tuple[SimCluster, Client]:
+    """A request whose first token comes at about `token_at` and whose blocks land `write` s later."""
+    sim = world()
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))  # the session is up
+    sim.config.step_time, sim.config.write_delay = (token_at, token_at), (write, write)
+    client = sim.submit(sim.nodes["d0"], prompt(7), 5, **limits)  # type: ignore[arg-type]
+    start = sim.now
+    sim.run(start + token_at + 0.1)
+    assert len(client.tokens) == 1 and not client.ended
+    sim.config.step_time = (0.001, 0.001)
+    return sim, client
+
+
+def test_the_default_deadline_begins_anew_with_the_first_token_of_a_hand_off() -> None:
+    sim, client = late_blocks(1.2, 1.5, idle_timeout_ms=2_000)
+    finish(sim, client)
+    assert client.finish is not None and client.finish.reason is FinishReason.LENGTH
+
+
+def test_without_a_second_token_the_default_deadline_ends_a_hand_off() -> None:
+    sim, client = late_blocks(1.2, 9.0, idle_timeout_ms=2_000)
+    sim.run(sim.now + 1.7)
+    assert not client.ended
+    sim.run(sim.now + 0.3)
+    assert client.finish is not None and client.finish.status == 504
+    finish(sim, client, rest=9.0)
+
+
+def test_no_token_moves_a_clients_own_deadline() -> None:
+    sim, client = late_blocks(1.2, 9.0, timeout=2.0)
+    sim.run(sim.now + 0.5)
+    assert not client.ended
+    sim.run(sim.now + 0.3)
+    assert client.finish is not None and client.finish.status == 504
+    finish(sim, client, rest=9.0)
 
 
 def test_chunks_are_pushed_while_the_next_one_computes() -> None:
@@ -215,6 +252,23 @@ def test_damaged_blocks_are_recomputed_never_answered() -> None:
     assert client.ended
 
 
+def test_a_first_token_that_the_model_does_not_have_is_another_attempt_not_an_answer() -> None:
+    sim = world(prefills=2)
+    sim.nodes["p0"].runner.next_token = lambda tokens, sampling: TINY_MODEL.vocab_size
+    client = finish(sim, sim.submit(sim.nodes["d0"], prompt(12), 6))
+    assert client.finish is not None and client.finish.reason is FinishReason.LENGTH
+    assert client.started is not None and client.started.prefill == "http://p1"
+
+
+def test_without_another_prefill_a_strange_first_token_ends_the_request_and_nothing_else() -> None:
+    sim = world()
+    sim.nodes["p0"].runner.next_token = lambda tokens, sampling: -1
+    client = finish(sim, sim.submit(sim.nodes["d0"], prompt(12), 6))
+    assert client.finish is not None and client.finish.status == 503 and not client.tokens
+    assert "outside the vocabulary" in client.finish.message
+    assert sim.nodes["d0"].alive
+
+
 def test_a_cancel_reaches_the_prefill_instance() -> None:
     sim = world()
     sim.config.step_time = (0.2, 0.2)
@@ -226,6 +280,53 @@ def test_a_cancel_reaches_the_prefill_instance() -> None:
     assert core is not None and not core.requests and not core.batcher.busy
     assert stats(sim.nodes["p0"]).steps < 8, "the rest of the prompt was not computed"
     sim.check_rest()
+
+
+def test_a_prefill_instance_whose_transfer_thread_hangs_ends_and_the_next_one_is_asked() -> None:
+    sim = world(prefills=2, step_timeout=5.0)
+    sim.config.write_delay = (60.0, 60.0)
+    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
+    sim.run(0.5)
+    sick, receiver = sim.nodes["p0"], sim.nodes["d0"].identity
+    sick.deaf = True
+    sim.abort(client)  # its push must be reset
+    sim.config.write_delay = (0.001, 0.001)
+    sim.run(sim.now + 5.0)
+    assert sick.alive, "the reset was ordered a second after the cancel"
+    sim.run(sim.now + 1.2)
+    assert sick.exit is not None and sick.exit.code == 1
+    assert sick.exit.reason == f"the transfer thread has not answered TransferResetPeer of {receiver} for 5 s"
+    other = sim.submit(sim.nodes["d0"], prompt(12, 2), 6)
+    assert sim.settle(20)
+    assert other.started is not None and other.started.prefill == "http://p1"
+
+
+def test_a_decode_instance_whose_transfer_thread_hangs_ends_every_request() -> None:
+    sim = world(step_timeout=5.0)
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))
+    sim.nodes["d0"].deaf = True
+    sim.config.revocable = False  # what is granted there stays granted
+    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
+    sim.abort(client)
+    waiting = sim.submit(sim.nodes["d0"], prompt(12, 2), 6)
+    sim.run(sim.now + 7.0)
+    end = sim.nodes["d0"].exit
+    assert end is not None and end.code == 1 and "TransferRevoke of p0/1/0" in end.reason
+    assert waiting.finish is not None and waiting.finish.status == 500
+
+
+def test_a_scheduler_that_stood_still_hears_its_runner_out_before_it_judges() -> None:
+    sim = world(step_timeout=5.0)
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(4, 9), 1))
+    node = sim.nodes["d0"]
+    node.deaf = True
+    client = sim.submit(node, prompt(12), 6)
+    sim.run(sim.now + 0.1)
+    sim.abort(client)
+    sim.run(sim.now + 1.2)
+    later = sim.now + 9.0
+    assert not [a for a in node.scheduler.handle(ev.Tick(later, 9.0)) if isinstance(a, Exit)]
+    assert [a for a in node.scheduler.handle(ev.Tick(later + 0.05, 0.0)) if isinstance(a, Exit)]
 
 
 def test_a_draining_prefill_finishes_its_hand_offs_refuses_new_ones_and_exits() -> None:
