@@ -478,7 +478,8 @@ class Hello(Message):
     """First message of a decode instance to a prefill instance's listening socket.
 
     `outstanding` lists hand-offs of which this side still holds incoming blocks. It only decides when old blocks are
-    quiet: the answer's `writing` lists which of them the prefill instance may still write.
+    quiet: the answer's `writing` lists which of them the prefill instance may still write. Nothing here proves the
+    cluster secret: the connection that carries it does (CURVE), and data connections do so by themselves.
     """
 
     protocol: int
@@ -494,7 +495,6 @@ class Hello(Message):
     groups: list[KvGroup]
     outstanding: list[HandoffId] = []
     heartbeat_ms: int = 5000
-    token: bytes = b""  # proof of the cluster secret for data connections
 
 
 class Welcome(Message):

@@ -142,7 +142,6 @@ class DecodePeers:
             groups=list(me.groups),
             outstanding=self._outstanding(peer.endpoint),
             heartbeat_ms=max(1, int(self.config.heartbeat_interval * 1000)),
-            token=me.token,
         )
         peer.link = Link.DIALLING
         self.out.append(OpenSession(peer.endpoint, hello, self.config.connect_timeout))

@@ -48,7 +48,6 @@ class LocalIdentity:
     groups: Sequence[m.KvGroup]
     lanes: int = 1
     http: str = ""
-    token: bytes = b""
 
     @property
     def local_ranks(self) -> frozenset[int]:

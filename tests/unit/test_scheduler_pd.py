@@ -9,9 +9,9 @@ import pytest
 from pd.scheduler import events as ev
 from pd.scheduler.actions import Exit, OpenSession, SendPeer
 from pd.testing.fake_runner import reference_tokens
-from pd.testing.instance import Client
+from pd.testing.instance import Client, Instance, settings
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
-from pd.types import FinishReason, InstanceState, SamplingParams
+from pd.types import FinishReason, InstanceState, Role, SamplingParams
 
 BLOCK_BYTES = 64
 
@@ -257,3 +257,12 @@ def test_a_decode_instance_whose_runner_died_says_goodbye_and_opens_no_new_sessi
     assert not decode.decode.handoffs.quiet, "blocks wait for the prefill instance: a reason to dial it"
     later = [a for tick in range(1, 20) for a in decode.handle(ev.Tick(sim.now + 0.5 * tick, 0.0))]
     assert not [a for a in later if isinstance(a, OpenSession)]
+
+
+def test_every_field_of_a_hello_says_something() -> None:
+    """Nothing travels that no code fills in: what looks like a proof must be one."""
+    decode = Instance(settings(Role.DECODE))
+    decode.submit(1, prompt(12), prefills=("tcp://p0:1",))
+    [hello] = [action.hello for action in decode.actions if isinstance(action, OpenSession)]
+    empty = {name for name in hello.__struct_fields__ if not getattr(hello, name)}
+    assert empty == {"outstanding"}, "a first session leaves nothing open"
