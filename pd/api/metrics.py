@@ -77,6 +77,12 @@ class _Snapshot(Collector):
             CounterMetricFamily("pd_handoffs", "Hand-offs by outcome.", labels=["outcome"]),
             figures.get("handoffs", {}),
         )
+        yield _labelled(
+            CounterMetricFamily(
+                "pd_stale_messages", "Messages too late, or of another incarnation: ignored.", labels=["kind"]
+            ),
+            figures.get("stale_messages", {}),
+        )
         for name, key, text in _COUNTERS:
             yield CounterMetricFamily(name, text, value=figures.get(key, 0))
         yield _labelled(

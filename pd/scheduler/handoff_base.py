@@ -320,6 +320,7 @@ class Counts:
         self.outcomes[name] = self.outcomes.get(name, 0) + 1
 
     def late(self, what: Any) -> None:
+        """`what`: the message, or a name of its kind; few of them, since each becomes a label."""
         name = what if isinstance(what, str) else type(what).__name__
         self.stale[name] = self.stale.get(name, 0) + 1
 

@@ -113,6 +113,7 @@ class Reporter:
             "kv_landed_bytes": self.decode.handoffs.landed_bytes if self.decode is not None else 0,
             "prompt_tokens": {"computed": stats.computed, "cached": stats.cached, "landed": stats.landed},
             "handoffs": dict(side.outcomes) if side is not None else {},
+            "stale_messages": dict(side.counts.stale) if side is not None else {},
             "steps": stats.steps,
             "compute_us": stats.compute_us,
             "late_tokens": stats.late_tokens,
