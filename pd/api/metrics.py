@@ -100,6 +100,7 @@ _COUNTERS = (
     ("pd_retractions", "retractions", "Requests taken out of the batch for want of memory."),
     ("pd_steps", "steps", "Steps that the runner has done."),
     ("pd_late_tokens", "late_tokens", "Tokens dropped because their request had left."),
+    ("pd_audit_failures", "audit_failures", "Audits in which the books of KV blocks or hand-offs did not balance."),
 )
 
 

@@ -488,7 +488,7 @@ class PrefillHandoffs:
         for h in self._open.values():
             states.setdefault(h.state.value, []).append(h.id)
             assert not (h.state is PrefillState.LANDED and h.pushes), f"{h.id} landed with pushes in flight"
-            assert all(self._pushes[i].handoff is h for i in h.pushes)
+            assert all(self._pushes.of(i) is h for i in h.pushes), f"{h.id} has a push that is not known as its own"
         self._pushes.audit()
         for session in self.peers:
             queued = sum(h.tokens for h in self._of(session) if h.queued)

@@ -146,6 +146,10 @@ class Pushes:
             return None
         return push
 
+    def of(self, index: int) -> Handoff | None:
+        push = self._pushes.get(index)
+        return push.handoff if push is not None else None
+
     def end(self, index: int) -> PushState:
         push = self._pushes.pop(index)
         push.handoff.pushes.discard(index)
@@ -169,7 +173,8 @@ class Pushes:
 
     def audit(self) -> None:
         for index, push in self._pushes.items():
-            assert index in push.handoff.pushes and index in push.receiver.pushes
+            known = index in push.handoff.pushes and index in push.receiver.pushes
+            assert known, f"push {index} of {push.handoff.id} is not known to its hand-off and its receiver"
 
 
 def problem_of(message: m.Prefill, page: int, incarnation: int) -> str:

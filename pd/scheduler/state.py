@@ -413,6 +413,7 @@ class Scheduler:
                 side.handoffs.tick(event.now)
         assert self._reporter is not None
         self._reporter.publish(event.now, self.state)
+        self._reporter.audit_when_idle(event.now)
         self._peers_changed()
 
 

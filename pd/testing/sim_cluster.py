@@ -21,6 +21,7 @@ from pd.errors import PdError
 from pd.scheduler import actions as ac
 from pd.scheduler import events as ev
 from pd.scheduler.core import SchedulerSettings
+from pd.scheduler.report import books
 from pd.scheduler.state import Scheduler
 from pd.testing.fake_runner import FakeRunner, reference_tokens
 from pd.testing.instance import Client, note_reply, runner_ready, settings
@@ -465,9 +466,11 @@ class SimCluster:
     # --- what must always hold ---
 
     def check(self, node: Node) -> None:
-        core = node.scheduler.core
-        if core is not None and node.alive:
-            core.pool.audit()
+        """After every event of a node: the books of its blocks and hand-offs."""
+        scheduler = node.scheduler
+        if scheduler.core is not None and node.alive:
+            found = books(scheduler.core, scheduler.decode, scheduler.prefill)
+            assert found["balanced"], f"{node.name}: {found}"
 
     def check_write(self, target: Node, block: int, sender: str, tag: int) -> None:
         core = target.scheduler.core
@@ -503,7 +506,7 @@ class SimCluster:
         for node in self.nodes.values():
             core = node.scheduler.core
             if node.alive and core is not None:
-                books = core.pool.audit()
-                held = {k: v for k, v in books.items() if k in ("owned", "incoming", "quarantined") and v}
+                counts = core.pool.audit()
+                held = {k: v for k, v in counts.items() if k in ("owned", "incoming", "quarantined") and v}
                 assert not held, f"{node.name} still holds {held}"
                 assert not core.requests, f"{node.name} still has requests"
