@@ -531,7 +531,7 @@ class Prefill(Message):
     """Decode asks. Compute `tokens_i32`, push blocks from `first_block` on, sample the next position.
 
     `tokens_i32` is prompt + emitted tokens; `prompt_len` the original prompt's length. `logprob_start` as in Submit
-    (-1 on a retry whose prompt logprobs already came).
+    (-1 on a retry whose prompt logprobs already came). `rid` is the client request's id, for log lines.
     """
 
     id: HandoffId
@@ -547,6 +547,7 @@ class Prefill(Message):
     priority: int = 0
     salt: str = ""
     room: int = -1
+    rid: str = ""
 
 
 class FirstChoice(msgspec.Struct, frozen=True, array_like=True):

@@ -144,7 +144,8 @@ class Core:
         self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
-        """Back to the queue, at its age's place among the replays."""
+        """A retracted request: back to the queue, at its age's place among the replays."""
+        self.log("request_retracted", rid=request.rid, emitted=request.emitted)
         request.replay = True
         request.state = State.WAITING
         request.tried.clear()
@@ -186,7 +187,7 @@ class Core:
         self.batcher.leave(request)
         self.remove(request)
         if finish.reason is FinishReason.ERROR:
-            self.log("request_failed", rid=request.rid, status=finish.status, reason=finish.message)
+            self.log("request_failed", "warning", rid=request.rid, status=finish.status, reason=finish.message)
 
     def fail(self, request: Request, message: str, status: int = 503) -> None:
         self.finish(request, Finish(FinishReason.ERROR, message=message, status=status))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pd import messages as m
+from pd.scheduler.actions import Level, Log
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, Sender
-from pd.scheduler.handoff_base import MAX_ATTEMPTS, AskSpec, Table, to_i32, to_u64
+from pd.scheduler.handoff_base import MAX_ATTEMPTS, AskSpec, Table, handoff_log, to_i32, to_u64
 from pd.types import HandoffId
 
 MASK = 0xFFFFFFFFFFFFFFFF
@@ -44,6 +45,15 @@ class DecodeEvent(enum.Enum):
     EXPELLED = "expelled"
     OVER = "over"
 
+
+#: What a prefill instance says of a hand-off, as an event.
+PEER_EVENTS: dict[type, DecodeEvent] = {
+    m.FirstToken: DecodeEvent.FIRST_TOKEN,
+    m.Landed: DecodeEvent.LANDED,
+    m.Refused: DecodeEvent.REFUSED,
+    m.Failed: DecodeEvent.FAILED,
+    m.Cancelled: DecodeEvent.CANCELLED,
+}
 
 _S = DecodeState
 
@@ -136,6 +146,9 @@ class Attempt:
     revoked: set[str] = field(default_factory=set)  # senders whose grants are gone at every local rank
     revoke_at: float = NEVER
     cancel_at: float = NEVER
+
+    def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
+        return handoff_log(event, self.spec.rid, self.id, level, prefill=self.endpoint, **fields)
 
     def rank_landed(self, message: m.Landed) -> None:
         """One sending rank's writes are done; a second report of it changes nothing."""

@@ -21,6 +21,7 @@ from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, DecodePeers, Peer, Sender
 from pd.scheduler.decode_table import (
     DECODE_TABLE,
+    PEER_EVENTS,
     Attempt,
     Counters,
     DecodeAudit,
@@ -44,14 +45,6 @@ from pd.scheduler.handoff_base import (
     to_i32,
 )
 from pd.types import HandoffId, InstanceState, Load
-
-_PEER_EVENTS: dict[type, DecodeEvent] = {
-    m.FirstToken: DecodeEvent.FIRST_TOKEN,
-    m.Landed: DecodeEvent.LANDED,
-    m.Refused: DecodeEvent.REFUSED,
-    m.Failed: DecodeEvent.FAILED,
-    m.Cancelled: DecodeEvent.CANCELLED,
-}
 
 
 class DecodeHandoffs:
@@ -133,12 +126,14 @@ class DecodeHandoffs:
         for identity in sender.ranks.values():
             self.out.append(Transfer(m.TransferGrant(identity, id.tag, blocks_i32)))
         self.peers.send(now, peer, spec.prefill(now, id, m.Dest(0, 0, blocks_i32, to_i32(generations))))
+        self.out.append(attempt.log("handoff_asked", tokens=spec.tokens, emitted=spec.emitted, blocks=len(grant)))
         return id
 
     def cancel(self, now: float, key: int, reason: str) -> None:
         """The request left. Its attempt, if it has one, drains."""
         attempt = self._current.get(key)
         if attempt is not None:
+            self.out.append(attempt.log("handoff_cancelled", reason=reason))
             self._event(now, attempt, DecodeEvent.LEFT, reason)
 
     def tell(self, now: float, endpoint: str, message: m.PeerMessage) -> bool:
@@ -198,7 +193,7 @@ class DecodeHandoffs:
             self.counts.late(message)  # said before the session ended
             return
         peer.heard_at = now
-        event = _PEER_EVENTS.get(type(message))
+        event = PEER_EVENTS.get(type(message))
         if event is not None:
             self._about(now, peer, event, message)
         elif isinstance(message, m.Heartbeat):
@@ -417,10 +412,13 @@ class DecodeHandoffs:
     def _quarantine(self, a: Attempt) -> None:
         a.state = DecodeState.QUARANTINED
         self.counts.outcome("quarantined")
+        self.out.append(a.log("handoff_quarantined", "warning", blocks=len(a.blocks)))
         self.pool.quarantine(a.blocks)
 
     def _release_if_quiet(self, a: Attempt) -> None:
         if not a.unquiet and a.state is not DecodeState.CLOSED:
+            if a.state is DecodeState.QUARANTINED:
+                self.out.append(a.log("handoff_released", blocks=len(a.blocks)))
             self._close(a, None)
             self.pool.quiet(a.blocks)
 

@@ -108,6 +108,8 @@ class Node:
                 world.refused(conn, f"{unwelcome.field}: {unwelcome.problem}", unwelcome.field != "state")
             case ac.CloseSession(session, reason):
                 world.close(self, session, reason)
+            case ac.Log():
+                world.logs.append((self.name, action))
             case ac.Exit():
                 self.exit = action
                 world.kill(self)
@@ -245,6 +247,7 @@ class SimCluster:
         self._incarnations = itertools.count(1)
         self._key = itertools.count(1)
         self.lives: list[Node] = []
+        self.logs: list[tuple[str, ac.Log]] = []  # what each node logged, in the order of time
         self.nodes: dict[str, Node] = {}
         for index in range(self.config.prefills):
             self.start(f"p{index}", Role.PREFILL)
