@@ -478,7 +478,8 @@ class Hello(Message):
     """First message of a decode instance to a prefill instance's listening socket.
 
     `outstanding` lists hand-offs of which this side still holds incoming blocks. It only decides when old blocks are
-    quiet: the answer's `writing` lists which of them the prefill instance may still write.
+    quiet: the answer's `writing` lists which of them the prefill instance may still write. Nothing here proves the
+    cluster secret: the connection that carries it does (CURVE), and data connections do so by themselves.
     """
 
     protocol: int
@@ -494,7 +495,6 @@ class Hello(Message):
     groups: list[KvGroup]
     outstanding: list[HandoffId] = []
     heartbeat_ms: int = 5000
-    token: bytes = b""  # proof of the cluster secret for data connections
 
 
 class Welcome(Message):
@@ -531,7 +531,7 @@ class Prefill(Message):
     """Decode asks. Compute `tokens_i32`, push blocks from `first_block` on, sample the next position.
 
     `tokens_i32` is prompt + emitted tokens; `prompt_len` the original prompt's length. `logprob_start` as in Submit
-    (-1 on a retry whose prompt logprobs already came).
+    (-1 on a retry whose prompt logprobs already came). `rid` is the client request's id, for log lines.
     """
 
     id: HandoffId
@@ -547,6 +547,7 @@ class Prefill(Message):
     priority: int = 0
     salt: str = ""
     room: int = -1
+    rid: str = ""
 
 
 class FirstChoice(msgspec.Struct, frozen=True, array_like=True):

@@ -74,6 +74,7 @@ class Engine:
         self._keys = itertools.count((worker << _WORKER_SHIFT) + 1)
         self._tokens = itertools.count(1)
         self._generations: dict[int, Generation] = {}
+        self._unsent: dict[int, Abort] = {}  # what a full channel did not take; at most one per submitted generation
         self._exchanges: set[Exchange] = set()
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
@@ -128,6 +129,9 @@ class Engine:
         self._exchanges.add(exchange)
         exchange.heard_at = self.clock()
         try:
+            self._send_aborts()
+            if self._unsent:  # they come first: what is to end makes room, and their number stays bounded
+                raise ChannelFull("scheduler")
             for prompt in prompts:
                 self._submit_one(exchange, prompt, remaining_ms)
         except (ChannelFull, ChannelClosed) as error:
@@ -169,8 +173,16 @@ class Engine:
     def _abort_generation(self, generation: Generation, reason: str) -> None:
         if self._generations.pop(generation.key, None) is None or self._lost:
             return
+        self._unsent[generation.key] = Abort(key=generation.key, reason=reason)
+        self._send_aborts()
+
+    def _send_aborts(self) -> None:
+        """What the channel does not take now stays: without its Abort a request would run to its end for nobody."""
         try:
-            self._channel.send_nowait(Abort(key=generation.key, reason=reason))
+            while self._unsent:
+                key, abort = next(iter(self._unsent.items()))
+                self._channel.send_nowait(abort)
+                del self._unsent[key]
         except ChannelFull:
             pass  # the scheduler has thousands of messages to read; outputs of unknown keys are dropped meanwhile
         except ChannelClosed as error:
@@ -221,6 +233,8 @@ class Engine:
         self.lose("its connection ended")
 
     def handle(self, message: SchedulerToApi) -> None:
+        if self._unsent:
+            self._send_aborts()
         if isinstance(message, StepOutputs):
             self._outputs(message)
         elif isinstance(message, Rejected):
@@ -236,6 +250,7 @@ class Engine:
             return
         self._lost = f"the scheduler is gone: {reason}"
         self.lost.set()
+        self._unsent.clear()
         self.fail_all(self._lost, status=503)
         for answer in self._answers.values():
             if not answer.done():
@@ -354,12 +369,14 @@ class Engine:
     # --- bounds ------------------------------------------------------------------------------------------------------
 
     async def sweep(self) -> None:
-        """End exchanges of which the scheduler says nothing beyond its own bounds. Runs for the process's life."""
+        """Runs for the process's life: `sweep_once` now and then."""
         while True:
             await asyncio.sleep(SWEEP_S)
             self.sweep_once()
 
     def sweep_once(self) -> None:
+        """End exchanges of which the scheduler says nothing beyond its own bounds; send the aborts that it lacks."""
+        self._send_aborts()
         now = self.clock()
         for exchange in list(self._exchanges):
             if now > exchange.deadline + GRACE_S:

@@ -77,6 +77,12 @@ class _Snapshot(Collector):
             CounterMetricFamily("pd_handoffs", "Hand-offs by outcome.", labels=["outcome"]),
             figures.get("handoffs", {}),
         )
+        yield _labelled(
+            CounterMetricFamily(
+                "pd_stale_messages", "Messages too late, or of another incarnation: ignored.", labels=["kind"]
+            ),
+            figures.get("stale_messages", {}),
+        )
         for name, key, text in _COUNTERS:
             yield CounterMetricFamily(name, text, value=figures.get(key, 0))
         yield _labelled(
@@ -94,6 +100,7 @@ _COUNTERS = (
     ("pd_retractions", "retractions", "Requests taken out of the batch for want of memory."),
     ("pd_steps", "steps", "Steps that the runner has done."),
     ("pd_late_tokens", "late_tokens", "Tokens dropped because their request had left."),
+    ("pd_audit_failures", "audit_failures", "Audits in which the books of KV blocks or hand-offs did not balance."),
 )
 
 

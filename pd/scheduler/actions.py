@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from pd import messages as m
+
+#: Of a log line. Warning: something was lost or did not work and is taken care of. Error: pd itself is wrong.
+Level: TypeAlias = Literal["info", "warning", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Log:
 
     event: str
     fields: tuple[tuple[str, object], ...] = ()
+    level: Level = "info"
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,8 @@ class Admission:
         core.stats.cached += cached
         core.stats.computed += request.known - cached
         request.blocks += blocks
+        if request.emitted:
+            core.log("request_replayed", rid=request.rid, emitted=request.emitted, cached=cached)
         core.batcher.enter(request, cached)
         return Verdict.STARTED
 

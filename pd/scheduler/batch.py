@@ -267,7 +267,9 @@ class Batcher:
                 continue
             got = self.pool.allocate(1)
             while got is None and not self.pool.returning:
-                victim = max(self._running.values(), key=lambda r: r.age)
+                # A prompt that is being computed here, too: two that take each other's blocks in turn would never end.
+                here = [r for r in self.prefilling if r.remote is None]
+                victim = max([*self._running.values(), *here], key=lambda r: r.age)
                 self.retract(victim)
                 grown = [g for g in grown if g[0] is not victim]
                 if victim is request:
@@ -280,7 +282,7 @@ class Batcher:
         return grown
 
     def retract(self, request: Request) -> None:
-        """Take a decoding request out; it will be replayed from prompt + emitted tokens and keeps its age."""
+        """Take a request out of the batch; it will be replayed from prompt + emitted tokens and keeps its age."""
         self.retractions += 1
         self.leave(request)
         request.replay = True

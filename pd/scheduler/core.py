@@ -10,7 +10,7 @@ import numpy as np
 
 from pd.config import CacheConfig, ControlConfig, SchedulerConfig
 from pd.messages import Finish, Push, RunnerReady
-from pd.scheduler.actions import Action, Log
+from pd.scheduler.actions import Action, Level, Log
 from pd.scheduler.batch import Batcher, BatchLimits
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.outputs import Outputs
@@ -66,6 +66,7 @@ class Stats:
     steps: int = 0
     compute_us: int = 0
     late_tokens: int = 0  # dropped: of finished, cancelled or retracted requests
+    audit_failures: int = 0
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=1200))  # of the last minute's ticks, seconds
 
 
@@ -111,7 +112,17 @@ class Core:
     def capacity_tokens(self) -> int:
         return self.pool.total * self.page_size
 
+    @property
+    def idle(self) -> bool:
+        """No request is here, no step is under way, no push reads a block: nothing holds one."""
+        return not self.requests and not self.batcher.busy
+
     # --- requests ---
+
+    @property
+    def added(self) -> int:
+        """Requests that ever came."""
+        return self._age
 
     def strange_token(self, tokens_i32: bytes) -> int | None:
         """A token id that the model does not have: it would end the runner. None when all are fine."""
@@ -133,7 +144,8 @@ class Core:
         self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
-        """Back to the queue, at its age's place among the replays."""
+        """A retracted request: back to the queue, at its age's place among the replays."""
+        self.log("request_retracted", rid=request.rid, emitted=request.emitted)
         request.replay = True
         request.state = State.WAITING
         request.tried.clear()
@@ -175,10 +187,10 @@ class Core:
         self.batcher.leave(request)
         self.remove(request)
         if finish.reason is FinishReason.ERROR:
-            self.log("request_failed", rid=request.rid, status=finish.status, reason=finish.message)
+            self.log("request_failed", "warning", rid=request.rid, status=finish.status, reason=finish.message)
 
     def fail(self, request: Request, message: str, status: int = 503) -> None:
         self.finish(request, Finish(FinishReason.ERROR, message=message, status=status))
 
-    def log(self, event: str, **fields: object) -> None:
-        self.out.append(Log(event, tuple(fields.items())))
+    def log(self, event: str, level: Level = "info", /, **fields: object) -> None:
+        self.out.append(Log(event, tuple(fields.items()), level))

@@ -142,7 +142,6 @@ class DecodePeers:
             groups=list(me.groups),
             outstanding=self._outstanding(peer.endpoint),
             heartbeat_ms=max(1, int(self.config.heartbeat_interval * 1000)),
-            token=me.token,
         )
         peer.link = Link.DIALLING
         self.out.append(OpenSession(peer.endpoint, hello, self.config.connect_timeout))
@@ -205,7 +204,7 @@ class DecodePeers:
         peer.failures += 1
         peer.link, peer.reason = Link.DOWN, reason
         peer.retry_at = now + (config.mismatch_backoff if permanent else wait)
-        self.out.append(Log("prefill_refused", (("endpoint", endpoint), ("reason", reason))))
+        self.out.append(Log("prefill_refused", (("endpoint", endpoint), ("reason", reason)), "warning"))
 
     def down(self, now: float, session: int, reason: str) -> Sender | None:
         peer = self._sessions.pop(session, None)
@@ -215,7 +214,9 @@ class DecodePeers:
         assert sender is not None
         peer.link, peer.sender, peer.reason, peer.retry_at, peer.asked = Link.DOWN, None, reason, now, 0
         sender.session, sender.lost_at = None, now
-        self.out.append(Log("prefill_down", (("endpoint", peer.endpoint), ("reason", reason))))
+        fields = (("endpoint", peer.endpoint), ("peer", sender.instance), ("reason", reason))
+        orderly = InstanceState.DRAINING in (peer.state, self.state)
+        self.out.append(Log("prefill_down", fields, "info" if orderly else "warning"))
         return sender
 
     def heartbeat(self, peer: Peer, message: m.Heartbeat) -> None:
@@ -253,6 +254,8 @@ class DecodePeers:
     def _expel(self, now: float, sender: Sender) -> None:
         if not sender.shut:
             sender.shut = True
+            fields = (("peer", sender.instance), ("incarnation", sender.incarnation), ("handoffs", sender.grants))
+            self.out.append(Log("prefill_expelled", fields, "warning"))
             for identity in sender.ranks.values():
                 sender.to_expel[identity] = set(self.identity.local_ranks)
                 sender.expel_at[identity] = now

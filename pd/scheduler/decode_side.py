@@ -13,6 +13,7 @@ from pd.scheduler.handoff import (
     GrantReturned,
     Ready,
 )
+from pd.scheduler.handoff_base import handoff_log
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 
 
@@ -52,6 +53,7 @@ class DecodeSide:
             priority=request.priority,
             salt=request.salt,
             room=request.room,
+            rid=request.rid,
         )
         request.handoff = self.handoffs.ask(now, request.key, endpoint, spec, grant)
         request.state = State.ASKED
@@ -101,14 +103,16 @@ class DecodeSide:
         core.batcher.enter(request, request.known - 1)
         request.done = ALL_BUT_LAST
         core.batcher.cache(request, request.known - 1)
+        core.out.append(
+            handoff_log("handoff_landed", request.rid, notice.id, blocks=len(notice.blocks), bytes=notice.nbytes)
+        )
 
     def _failed(self, request: Request, notice: AttemptFailed) -> None:
         """Retry at once with a new grant: the pin on the prefix survives, the old grant drains by itself."""
         self._detach(request)
         request.tried[notice.endpoint] = notice.reason
-        self.core.log(
-            "handoff_failed", rid=request.rid, prefill=notice.endpoint, reason=notice.reason, retry=notice.retryable
-        )
+        fields = {"prefill": notice.endpoint, "reason": notice.reason, "retry": notice.retryable}
+        self.core.out.append(handoff_log("handoff_failed", request.rid, notice.id, "warning", **fields))
         if not notice.retryable:
             self.core.fail(request, f"prefill failed: {notice.reason}", 504 if "deadline" in notice.reason else 500)
             return

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pd import messages as m
+from pd.scheduler.actions import Level, Log
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.decode_peers import NEVER, Sender
-from pd.scheduler.handoff_base import MAX_ATTEMPTS, AskSpec, Table, to_i32, to_u64
+from pd.scheduler.handoff_base import MAX_ATTEMPTS, AskSpec, Table, handoff_log, to_i32, to_u64
 from pd.types import HandoffId
 
 MASK = 0xFFFFFFFFFFFFFFFF
@@ -45,6 +46,7 @@ class DecodeEvent(enum.Enum):
     OVER = "over"
 
 
+#: What a prefill instance says of a hand-off, as an event.
 PEER_EVENTS: dict[type, DecodeEvent] = {
     m.FirstToken: DecodeEvent.FIRST_TOKEN,
     m.Landed: DecodeEvent.LANDED,
@@ -149,6 +151,9 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self.deadline = self.spec.deadline
+
+    def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
+        return handoff_log(event, self.spec.rid, self.id, level, prefill=self.endpoint, **fields)
 
     def rank_landed(self, message: m.Landed) -> None:
         """One sending rank's writes are done; a second report of it changes nothing."""

@@ -11,10 +11,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import numpy as np
 
 from pd import messages as m
+from pd.scheduler.actions import Level, Log
 from pd.types import HandoffId, SamplingParams
 
 MAX_ATTEMPTS = 256  # HandoffId.tag keeps eight bits of the attempt
 MAX_REMAINING_MS = 1 << 31
+MAX_RID = 256  # characters of a peer's request id that a log line repeats
 
 
 def ints(raw: bytes) -> list[int]:
@@ -48,7 +50,6 @@ class LocalIdentity:
     groups: Sequence[m.KvGroup]
     lanes: int = 1
     http: str = ""
-    token: bytes = b""
     vocab_size: int = 1 << 31  # token ids that peers send lie below
 
     @property
@@ -180,10 +181,16 @@ class AskSpec:
     salt: str = ""
     room: int = -1
     candidates: tuple[str, ...] = ()
+    rid: str = ""
 
     @property
     def tokens(self) -> int:
         return len(self.tokens_i32) // 4
+
+    @property
+    def emitted(self) -> int:
+        """Tokens that the request has emitted before: more than 0 in a replay."""
+        return self.tokens - self.prompt_len
 
     def prefill(self, now: float, id: HandoffId, dest: m.Dest) -> m.Prefill:
         left = min(self.deadline - now, MAX_REMAINING_MS / 1000)
@@ -201,6 +208,7 @@ class AskSpec:
             priority=self.priority,
             salt=self.salt,
             room=self.room,
+            rid=self.rid,
         )
 
 
@@ -282,6 +290,14 @@ class RoomAnswered:
 PrefillNotice: TypeAlias = Accepted | Stop | SourceFree | RoomAnswered
 
 
+# --- life-cycle lines -------------------------------------------------------------------------------------------------
+
+
+def handoff_log(event: str, rid: str, id: HandoffId, level: Level = "info", **fields: object) -> Log:
+    """Both sides name a hand-off alike, by its request's id and by its tag, so that their lines can be joined."""
+    return Log(event, (("rid", rid), ("handoff", f"{id.tag:x}"), *fields.items()), level)
+
+
 # --- who sends to whom ----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +338,7 @@ class Counts:
         self.outcomes[name] = self.outcomes.get(name, 0) + 1
 
     def late(self, what: Any) -> None:
+        """`what`: the message, or a name of its kind; few of them, since each becomes a label."""
         name = what if isinstance(what, str) else type(what).__name__
         self.stale[name] = self.stale.get(name, 0) + 1
 

@@ -127,12 +127,14 @@ class DecodeHandoffs:
         for identity in sender.ranks.values():
             self.out.append(Transfer(m.TransferGrant(identity, id.tag, blocks_i32)))
         self.peers.send(now, peer, spec.prefill(now, id, m.Dest(0, 0, blocks_i32, to_i32(generations))))
+        self.out.append(attempt.log("handoff_asked", tokens=spec.tokens, emitted=spec.emitted, blocks=len(grant)))
         return id
 
     def cancel(self, now: float, key: int, reason: str) -> None:
         """The request left. Its attempt, if it has one, drains."""
         attempt = self._current.get(key)
         if attempt is not None:
+            self.out.append(attempt.log("handoff_cancelled", reason=reason))
             self._event(now, attempt, DecodeEvent.LEFT, reason)
 
     def prolong(self, key: int, deadline: float) -> None:
@@ -417,10 +419,13 @@ class DecodeHandoffs:
 
     def _quarantine(self, a: Attempt) -> None:
         a.state = DecodeState.QUARANTINED
+        self.out.append(a.log("handoff_quarantined", "warning", blocks=len(a.blocks)))
         self.pool.quarantine(a.blocks)
 
     def _release_if_quiet(self, a: Attempt) -> None:
         if not a.unquiet and a.state is not DecodeState.CLOSED:
+            if a.state is DecodeState.QUARANTINED:
+                self.out.append(a.log("handoff_released", blocks=len(a.blocks)))
             self._close(a, None)
             self.pool.quiet(a.blocks)
 

@@ -11,7 +11,6 @@ left.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,19 +25,23 @@ from pd.scheduler.handoff_base import (
     RoomAnswered,
     SourceFree,
     Stop,
-    ints,
     to_i32,
     to_u64,
 )
 from pd.scheduler.prefill_peers import PrefillPeers, Receiver, Session, Wire
 from pd.scheduler.prefill_table import (
     COMPUTING,
+    EXPIRED,
     LIVE,
     PREFILL_TABLE,
+    ClosedIds,
     Handoff,
     PrefillEvent,
     PrefillState,
     Pushes,
+    audit_handoffs,
+    new_handoff,
+    refusal_log,
     refusal_of,
 )
 from pd.types import HandoffId, InstanceState, Load
@@ -54,7 +57,7 @@ class PrefillHandoffs:
         self.accepting = True
         self._handler = PREFILL_TABLE.bind(self)
         self._open: dict[HandoffId, Handoff] = {}
-        self._closed: OrderedDict[HandoffId, m.Refused | None] = OrderedDict()
+        self._closed = ClosedIds(config.remember)
         self._pushes = Pushes(config.step_timeout)
         self._now = 0.0
         self._notices: list[PrefillNotice] = []
@@ -212,6 +215,7 @@ class PrefillHandoffs:
         elif isinstance(message, m.Answered):
             self._notices.append(RoomAnswered(session, message))
         elif isinstance(message, m.Goodbye):
+            found.leaving = True
             self._end(now, found, "session", message.reason)
         elif not isinstance(message, m.Heartbeat):
             self.counts.late(message)
@@ -235,16 +239,15 @@ class PrefillHandoffs:
         if refused is not None:
             self.counts.outcome(f"refused_{refused.why}")
             if refused.why != "mismatch":  # that one is found again
-                self._remember(id, refused)
+                self._closed.remember(id, refused)
             self.peers.send(now, session, refused)
+            self.out.append(refusal_log(session, message, refused))
             return
-        tokens, dests = len(message.tokens_i32) // 4, ints(message.dests[0].blocks_i32)
-        h = Handoff(id, session, tokens, dests, now + message.remaining_ms / 1000)
-        h.missing = set(range(len(dests)))
-        self._open[id] = h
-        session.queued += tokens
-        self.peers.credit = max(0, self.peers.credit - tokens)
+        h = self._open[id] = new_handoff(now, session, message)
+        session.queued += h.tokens
+        self.peers.credit = max(0, self.peers.credit - h.tokens)
         self._notices.append(Accepted(id, session.id, message, h.deadline))
+        self.out.append(h.log("handoff_accepted", tokens=h.tokens))
 
     def transfer_said(self, now: float, event: m.TransferEvent) -> None:
         self._now = now
@@ -310,7 +313,7 @@ class PrefillHandoffs:
         for h in list(self._open.values()):
             if receiver in h.session.receivers:
                 self._event(now, h, PrefillEvent.FAIL, (reason, True))
-        self.peers.reset(now, receiver)
+        self.peers.reset(now, receiver, reason)
 
     def _posted(self, index: int) -> bool:
         return self._pushes.posted(self._now, index)
@@ -321,22 +324,23 @@ class PrefillHandoffs:
             self._end(now, session, "transfer", reason)
         for h in list(self._open.values()):
             if h.overdue(now):
-                self._event(now, h, PrefillEvent.FAIL, ("the request's deadline passed", False))
+                self._event(now, h, PrefillEvent.FAIL, (EXPIRED, False))
             elif h.state is PrefillState.STOPPING:
                 self._close_if_quiet(now, h, None)
         for receiver in self.peers.receivers():
-            if receiver.wire is not Wire.RESETTING and self._due(now, receiver):
-                self._reset(now, receiver, "stopped writes did not end")
+            if receiver.wire is not Wire.RESETTING and (reason := self._due(now, receiver)):
+                self._reset(now, receiver, reason)
 
-    def _due(self, now: float, receiver: Receiver) -> bool:
-        """Whether only a reset ends what this receiver still has: a stuck push, or a connection that nobody wants."""
+    def _due(self, now: float, receiver: Receiver) -> str:
+        """Why only a reset ends what this receiver has: a stuck push, or a connection that nobody wants; else ""."""
         limit = now - self.config.reset_after
         if receiver.idle_since is not None and receiver.idle_since <= limit and receiver.wire is not Wire.IDLE:
-            return True
+            return "its session is over"
         if receiver.reset_at > limit:
-            return False
+            return ""
         pushes = ((self._pushes[i].handoff, i) for i in receiver.pushes)
-        return any(h.state is PrefillState.STOPPING and h.stopped_at <= limit and self._posted(i) for h, i in pushes)
+        stuck = any(h.state is PrefillState.STOPPING and h.stopped_at <= limit and self._posted(i) for h, i in pushes)
+        return "stopped writes did not end" if stuck else ""
 
     def _by_id(self, now: float, id: HandoffId, event: PrefillEvent, detail: Any) -> None:
         self._now = now
@@ -385,6 +389,7 @@ class PrefillHandoffs:
             digests = to_u64(h.digests.get(rank, ()))
             self.peers.send(now, h.session, m.Landed(h.id, rank, digests, h.nbytes.get(rank, 0)))
         self._notices.append(SourceFree(h.id))
+        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values())))
 
     def _cancelled(self, now: float, h: Handoff, _: Any) -> None:
         self._stop(now, h, "cancelled", "cancelled by the decode instance")
@@ -396,7 +401,7 @@ class PrefillHandoffs:
         reason, retryable = detail
         if self.peers.get(h.session.id) is h.session:
             self.peers.send(now, h.session, m.Failed(h.id, reason, retryable))
-        self._stop(now, h, "failed", reason)
+        self._stop(now, h, "expired" if reason == EXPIRED else "failed", reason)
 
     def _broken(self, now: float, h: Handoff, reason: str) -> None:
         self._fail(now, h, (f"a push failed: {reason}", True))
@@ -407,6 +412,7 @@ class PrefillHandoffs:
     def _stop(self, now: float, h: Handoff, outcome: str, reason: str) -> None:
         """Compute and push nothing more; it is closed when the last push has ended."""
         self.counts.outcome(outcome)
+        self.out.append(h.log(f"handoff_{outcome}", "info" if outcome == "cancelled" else "warning", reason=reason))
         self._unqueue(h)
         if h.state in COMPUTING:
             self._notices.append(Stop(h.id, reason))
@@ -436,20 +442,15 @@ class PrefillHandoffs:
     def _close(self, now: float, h: Handoff, _: Any) -> None:
         h.state = PrefillState.CLOSED
         del self._open[h.id]
-        self._remember(h.id, None)
+        self._closed.remember(h.id)
 
     # --- closed ids ---
-
-    def _remember(self, id: HandoffId, answer: m.Refused | None) -> None:
-        self._closed[id] = answer
-        if len(self._closed) > self.config.remember:
-            self._closed.popitem(last=False)
 
     def _prefill_closed(self, now: float, h: None, detail: tuple[Session, m.Prefill]) -> None:
         """A duplicate is refused again; one that was cancelled before it came, or is over, does nothing."""
         session, message = detail
         self.counts.late(message)
-        answer = self._closed.get(message.id)
+        answer = self._closed.answer(message.id)
         if answer is not None:
             self.peers.send(now, session, answer)
 
@@ -458,8 +459,8 @@ class PrefillHandoffs:
         session, message = detail
         if h is not None:
             self._close(now, h, None)
-        elif self._closed.get(message.id) is None:
-            self._remember(message.id, None)
+        elif self._closed.answer(message.id) is None:
+            self._closed.remember(message.id)
         self.peers.send(now, session, m.Cancelled(message.id))
 
     def _stale(self, now: float, h: Handoff | None, detail: Any) -> None:
@@ -484,13 +485,4 @@ class PrefillHandoffs:
 
     def audit(self) -> dict[str, list[HandoffId]]:
         """Open hand-offs by state. Raises AssertionError when pushes and hand-offs disagree."""
-        states: dict[str, list[HandoffId]] = {}
-        for h in self._open.values():
-            states.setdefault(h.state.value, []).append(h.id)
-            assert not (h.state is PrefillState.LANDED and h.pushes), f"{h.id} landed with pushes in flight"
-            assert all(self._pushes[i].handoff is h for i in h.pushes)
-        self._pushes.audit()
-        for session in self.peers:
-            queued = sum(h.tokens for h in self._of(session) if h.queued)
-            assert session.queued == queued, f"{session.queued} queued tokens, {queued} counted"
-        return states
+        return audit_handoffs(self._open.values(), self._pushes, self.peers)

@@ -55,6 +55,7 @@ class Session:
     sent_at: float = 0.0
     queued: int = 0  # tokens accepted from it and not yet computed
     stale: bool = False  # its view of our status is out of date
+    leaving: bool = False  # it said Goodbye
 
     @property
     def owner(self) -> tuple[str, int]:
@@ -137,7 +138,7 @@ class PrefillPeers:
 
     def refuse(self, conn: int, field: str, problem: str) -> None:
         self.out.append(RefusePeer(conn, m.Unwelcome(field, problem)))
-        self.out.append(Log("decode_refused", (("field", field), ("problem", problem))))
+        self.out.append(Log("decode_refused", (("field", field), ("problem", problem)), "warning"))
 
     def open(self, now: float, conn: int, hello: m.Hello) -> Session:
         """A new session, to be welcomed when its receivers are connected (`welcome_if_connected`)."""
@@ -156,7 +157,7 @@ class PrefillPeers:
             if receiver.wire is Wire.IDLE:
                 self._connect(receiver)
             elif changed and receiver.wire is not Wire.RESETTING:
-                self.reset(now, receiver)
+                self.reset(now, receiver, "its descriptor changed")
             receivers.append(receiver)
         session = Session(self._next_session, conn, hello, now, receivers, heard_at=now)
         self._sessions[session.id] = session
@@ -194,7 +195,9 @@ class PrefillPeers:
         for receiver in session.receivers:
             if id(receiver) not in wanted:
                 receiver.idle_since = now
-        self.out.append(Log("decode_down", (("peer", session.hello.instance), ("reason", reason))))
+        fields = (("peer", session.hello.instance), ("session", session.id), ("reason", reason))
+        orderly = session.leaving or self.state is InstanceState.DRAINING
+        self.out.append(Log("decode_down", fields, "info" if orderly else "warning"))
 
     def dismiss(self, session: Session, field: str, reason: str) -> None:
         """Tell the other side that its session ends here: by an answer to its Hello, or by closing."""
@@ -220,12 +223,14 @@ class PrefillPeers:
         receiver.wire = Wire.CONNECTED
         return receiver
 
-    def reset(self, now: float, receiver: Receiver) -> None:
+    def reset(self, now: float, receiver: Receiver, reason: str) -> None:
         """End every push to this receiver that is with the runner: a push that still rides on a step is not."""
         receiver.wire, receiver.awaited = Wire.RESETTING, set(self.identity.local_ranks)
         receiver.covered = frozenset(index for index in receiver.pushes if self._posted(index))
         receiver.reset_at = now
         self.out.append(Transfer(m.TransferResetPeer(receiver.info.identity)))
+        fields = (("peer", receiver.instance), ("pushes", len(receiver.covered)), ("reason", reason))
+        self.out.append(Log("decode_reset", fields, "warning" if receiver.pushes else "info"))
 
     def was_reset(self, event: m.TransferReset) -> Receiver | None:
         """The receiver whose reset is complete on every local rank. `finish_reset` follows."""

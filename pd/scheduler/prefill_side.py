@@ -8,6 +8,7 @@ from pd.messages import Push, StepDone, TokenLogprobs
 from pd.scheduler.batch import Chunk
 from pd.scheduler.core import REMOTE_KEYS, Core
 from pd.scheduler.handoff import Accepted, PrefillHandoffs, SourceFree, Stop
+from pd.scheduler.handoff_base import MAX_RID, handoff_log
 from pd.scheduler.request import Request, State, first_choices
 from pd.types import HandoffId
 
@@ -58,7 +59,7 @@ class PrefillSide:
             return
         self._next += 1
         request = Request(
-            REMOTE_KEYS + self._next, str(notice.id.tag), message.tokens_i32, message.prompt_len, message.sampling
+            REMOTE_KEYS + self._next, message.rid[:MAX_RID], message.tokens_i32, message.prompt_len, message.sampling
         )
         request.remote = notice.id
         request.choices = message.choices
@@ -83,6 +84,7 @@ class PrefillSide:
         """The cached prefix is pushed at once; its digests are known."""
         assert request.remote is not None
         self.handoffs.started(request.remote)
+        self.core.out.append(handoff_log("handoff_started", request.rid, request.remote, cached=request.cached))
         first = request.first_block
         for page in range(first, cached_pages):
             digest = self.core.pool.digest[request.blocks[page]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pd import messages as m
-from pd.scheduler.handoff_base import Table, ints
+from pd.scheduler.actions import Level, Log
+from pd.scheduler.handoff_base import MAX_RID, Table, handoff_log, ints
 from pd.scheduler.prefill_peers import PrefillPeers, Receiver, Session
 from pd.types import HandoffId, InstanceState
 
@@ -80,6 +82,9 @@ PREFILL_TABLE: Table[PrefillState, PrefillEvent] = Table.build(
     },
 )
 
+#: Why a hand-off whose time is over fails.
+EXPIRED = "the request's deadline passed"
+
 COMPUTING = (PrefillState.QUEUED, PrefillState.RUNNING)
 LIVE = (*COMPUTING, PrefillState.COMPUTED)
 
@@ -93,6 +98,7 @@ class Handoff:
     tokens: int
     dests: list[int]
     deadline: float
+    rid: str = ""
     state: PrefillState = PrefillState.QUEUED
     missing: set[int] = field(default_factory=set)
     pushes: set[int] = field(default_factory=set)
@@ -107,6 +113,35 @@ class Handoff:
     def overdue(self, now: float) -> bool:
         """Once the first token is sent the decode instance alone knows the deadline: a token may move it."""
         return self.state in LIVE and not self.first_sent and now >= self.deadline
+
+    def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
+        return handoff_log(event, self.rid, self.id, level, decode=self.session.hello.instance, **fields)
+
+
+def new_handoff(now: float, session: Session, message: m.Prefill) -> Handoff:
+    """Of a Prefill that is accepted."""
+    dests = ints(message.dests[0].blocks_i32)
+    deadline, tokens = now + message.remaining_ms / 1000, len(message.tokens_i32) // 4
+    return Handoff(message.id, session, tokens, dests, deadline, message.rid[:MAX_RID], missing=set(range(len(dests))))
+
+
+class ClosedIds:
+    """The latest `limit` hand-offs that are over, each with what refused it (None: nothing did)."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._answers: OrderedDict[HandoffId, m.Refused | None] = OrderedDict()
+
+    def __contains__(self, id: HandoffId) -> bool:
+        return id in self._answers
+
+    def answer(self, id: HandoffId) -> m.Refused | None:
+        return self._answers.get(id)
+
+    def remember(self, id: HandoffId, answer: m.Refused | None = None) -> None:
+        self._answers[id] = answer
+        if len(self._answers) > self._limit:
+            self._answers.popitem(last=False)
 
 
 @dataclass(eq=False)
@@ -150,6 +185,10 @@ class Pushes:
             return None
         return push
 
+    def of(self, index: int) -> Handoff | None:
+        push = self._pushes.get(index)
+        return push.handoff if push is not None else None
+
     def end(self, index: int) -> PushState:
         push = self._pushes.pop(index)
         push.handoff.pushes.discard(index)
@@ -173,7 +212,8 @@ class Pushes:
 
     def audit(self) -> None:
         for index, push in self._pushes.items():
-            assert index in push.handoff.pushes and index in push.receiver.pushes
+            known = index in push.handoff.pushes and index in push.receiver.pushes
+            assert known, f"push {index} of {push.handoff.id} is not known to its hand-off and its receiver"
 
 
 def problem_of(message: m.Prefill, page: int, incarnation: int) -> str:
@@ -217,3 +257,31 @@ def refusal_of(peers: PrefillPeers, accepting: bool, session: Session, message: 
     if session.queued and len(message.tokens_i32) // 4 > peers.credit:
         return m.Refused(message.id, "busy", "no queue credit")
     return None
+
+
+def refusal_log(session: Session, message: m.Prefill, refused: m.Refused) -> Log:
+    return handoff_log(
+        "handoff_refused",
+        message.rid[:MAX_RID],
+        message.id,
+        decode=session.hello.instance,
+        reason=refused.why,
+        detail=refused.detail,
+    )
+
+
+def audit_handoffs(handoffs: Iterable[Handoff], pushes: Pushes, peers: PrefillPeers) -> dict[str, list[HandoffId]]:
+    """Open hand-offs by state. Raises AssertionError when they disagree with the pushes or the sessions."""
+    states: dict[str, list[HandoffId]] = {}
+    queued: dict[int, int] = {}
+    for h in handoffs:
+        states.setdefault(h.state.value, []).append(h.id)
+        assert not (h.state is PrefillState.LANDED and h.pushes), f"{h.id} landed with pushes in flight"
+        assert all(pushes.of(i) is h for i in h.pushes), f"{h.id} has a push that is not known as its own"
+        if h.queued:
+            queued[h.session.id] = queued.get(h.session.id, 0) + h.tokens
+    pushes.audit()
+    for session in peers:
+        counted = queued.get(session.id, 0)
+        assert session.queued == counted, f"{session.queued} queued tokens, {counted} counted"
+    return states

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from pd.messages import InstanceInfo, KvGroup, RankInfo, Rejected, RunnerReady, Unwelcome
 from pd.scheduler.actions import RefusePeer, Reply
+from pd.scheduler.blocks import STATES
 from pd.scheduler.core import Core
 from pd.scheduler.decode_side import DecodeSide
-from pd.scheduler.handoff import DecodeHandoffs, HandoffConfig, LocalIdentity, PrefillHandoffs
+from pd.scheduler.handoff import (
+    DecodeHandoffs,
+    DecodeState,
+    HandoffConfig,
+    LocalIdentity,
+    PrefillHandoffs,
+    PrefillState,
+)
 from pd.scheduler.prefill_side import PrefillSide
 from pd.scheduler.request import State
 from pd.types import InstanceState, Load, Role
 
 #: Names the order of a block's dimensions; peers must agree.
 LAYOUT = "block,kv_head,layer,kv,token,head_dim"
+
+#: Least seconds between two audits of an instance by itself: each looks at every block (2-3 ms for 100,000).
+AUDIT_INTERVAL = 10.0
+
+#: States of hand-offs, on either side, that outlive their request.
+ENDING = frozenset(
+    state.value for state in (DecodeState.DRAINING, DecodeState.QUARANTINED, PrefillState.LANDED, PrefillState.STOPPING)
+)
 
 
 def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
@@ -68,6 +84,7 @@ class Reporter:
     def __init__(self, core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) -> None:
         self.core, self.decode, self.prefill = core, decode, prefill
         self._last: tuple[InstanceState, Load] | None = None
+        self._audited, self._audited_at = self._mark(), float("-inf")
 
     def load(self) -> Load:
         core = self.core
@@ -106,18 +123,19 @@ class Reporter:
     def metrics(self) -> dict[str, object]:
         core, stats = self.core, self.core.stats
         handoffs = self.decode or self.prefill
-        counts = core.pool.counts
         side = handoffs.handoffs if handoffs is not None else None
         return {
-            "kv_blocks": dict(zip(("free", "owned", "cached", "incoming", "quarantined"), counts, strict=True)),
+            "kv_blocks": dict(zip(STATES, core.pool.counts, strict=True)),
             "requests": self._states(),
             "kv_pushed_bytes": self.prefill.handoffs.pushed_bytes if self.prefill is not None else 0,
             "kv_landed_bytes": self.decode.handoffs.landed_bytes if self.decode is not None else 0,
             "prompt_tokens": {"computed": stats.computed, "cached": stats.cached, "landed": stats.landed},
             "handoffs": dict(side.outcomes) if side is not None else {},
+            "stale_messages": dict(side.counts.stale) if side is not None else {},
             "steps": stats.steps,
             "compute_us": stats.compute_us,
             "late_tokens": stats.late_tokens,
+            "audit_failures": stats.audit_failures,
             "retractions": core.batcher.retractions,
             "loop_lag": self._lag(),
         }
@@ -134,12 +152,41 @@ class Reporter:
         return states
 
     def audit(self) -> dict[str, object]:
-        """The pool's books, recounted, and whether they balance."""
-        try:
-            figures: dict[str, object] = dict(self.core.pool.audit())
-        except AssertionError as error:
-            return {"balanced": False, "problem": str(error), "total": self.core.pool.total}
-        figures["total"] = self.core.pool.total
-        figures["balanced"] = True
-        figures["idle"] = not self.core.requests and not self.core.batcher.busy
+        figures = books(self.core, self.decode, self.prefill)
+        if not figures["balanced"]:
+            self.core.stats.audit_failures += 1
         return figures
+
+    def audit_when_idle(self, now: float) -> None:
+        """Audit once after work has ended, at most every AUDIT_INTERVAL: a busy service is idle again and again."""
+        if self.core.idle and now - self._audited_at >= AUDIT_INTERVAL and self._mark() != self._audited:
+            self._audited, self._audited_at = self._mark(), now
+            figures = self.audit()
+            if not figures["balanced"]:
+                self.core.log("audit_failed", "error", **figures)
+
+    def _mark(self) -> tuple[int, ...]:
+        """Changes with whatever may unbalance the books."""
+        return self.core.added, *self.core.pool.counts
+
+
+def books(core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) -> dict[str, object]:
+    """The pool's figures, recounted, against what the hand-offs hold; `balanced`, or what the `problem` is."""
+    counts = dict(zip(STATES, core.pool.counts, strict=True))
+    figures: dict[str, object] = {**counts, "total": core.pool.total, "idle": core.idle, "balanced": True}
+    try:
+        if decode is not None:
+            states = decode.handoffs.audit().states  # with the pool
+        else:
+            states = prefill.handoffs.audit() if prefill is not None else {}
+            core.pool.audit()
+            strangers = counts["incoming"] + counts["quarantined"]
+            assert not strangers, f"{strangers} blocks are granted by an instance that grants none"
+        figures["handoffs"] = {state: len(ids) for state, ids in states.items()}
+        if core.idle:
+            assert not counts["owned"], f"{counts['owned']} blocks are owned, and nothing is here to own them"
+            wanted = sum(len(ids) for state, ids in states.items() if state not in ENDING)
+            assert not wanted, f"{wanted} hand-offs go on without a request"
+    except AssertionError as error:
+        figures |= {"balanced": False, "problem": str(error)}
+    return figures

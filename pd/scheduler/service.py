@@ -153,8 +153,8 @@ class Service:
                 self.links.refuse(conn, unwelcome)
             case ac.CloseSession(session, _):
                 self.links.close(session)
-            case ac.Log(event, fields):
-                self.log.info(event, **dict(fields))
+            case ac.Log(event, fields, level):
+                getattr(self.log, level)(event, **dict(fields))
             case ac.Exit(code, reason):
                 if not self.exit.done():
                     self.exit.set_result((code, reason))

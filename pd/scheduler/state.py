@@ -433,6 +433,8 @@ class Scheduler:
         self._reporter.publish(event.now, self.state)
         assert self.admission is not None
         self.admission.look_again()
+        self._reporter.audit_when_idle(event.now)
+        self._peers_changed()
 
 
 __all__ = ["Scheduler", "SchedulerSettings", "State"]

@@ -21,6 +21,7 @@ from pd.errors import PdError
 from pd.scheduler import actions as ac
 from pd.scheduler import events as ev
 from pd.scheduler.core import SchedulerSettings
+from pd.scheduler.report import books
 from pd.scheduler.state import Scheduler
 from pd.testing.fake_runner import FakeRunner, reference_tokens
 from pd.testing.instance import Client, note_reply, runner_ready, settings
@@ -108,6 +109,8 @@ class Node:
                 world.refused(conn, f"{unwelcome.field}: {unwelcome.problem}", unwelcome.field != "state")
             case ac.CloseSession(session, reason):
                 world.close(self, session, reason)
+            case ac.Log():
+                world.logs.append((self.name, action))
             case ac.Exit():
                 self.exit = action
                 world.kill(self)
@@ -247,6 +250,7 @@ class SimCluster:
         self._incarnations = itertools.count(1)
         self._key = itertools.count(1)
         self.lives: list[Node] = []
+        self.logs: list[tuple[str, ac.Log]] = []  # what each node logged, in the order of time
         self.nodes: dict[str, Node] = {}
         for index in range(self.config.prefills):
             self.start(f"p{index}", Role.PREFILL)
@@ -470,9 +474,11 @@ class SimCluster:
     # --- what must always hold ---
 
     def check(self, node: Node) -> None:
-        core = node.scheduler.core
-        if core is not None and node.alive:
-            core.pool.audit()
+        """After every event of a node: the books of its blocks and hand-offs."""
+        scheduler = node.scheduler
+        if scheduler.core is not None and node.alive:
+            found = books(scheduler.core, scheduler.decode, scheduler.prefill)
+            assert found["balanced"], f"{node.name}: {found}"
 
     def check_write(self, target: Node, block: int, sender: str, tag: int) -> None:
         core = target.scheduler.core
@@ -508,7 +514,7 @@ class SimCluster:
         for node in self.nodes.values():
             core = node.scheduler.core
             if node.alive and core is not None:
-                books = core.pool.audit()
-                held = {k: v for k, v in books.items() if k in ("owned", "incoming", "quarantined") and v}
+                counts = core.pool.audit()
+                held = {k: v for k, v in counts.items() if k in ("owned", "incoming", "quarantined") and v}
                 assert not held, f"{node.name} still holds {held}"
                 assert not core.requests, f"{node.name} still has requests"

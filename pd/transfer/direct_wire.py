@@ -3,6 +3,11 @@
 The sender of KV blocks dials the receiver. Both prove the cluster's data-plane key by an HMAC over the other's nonce.
 Then the sender posts spans, the receiver takes the bytes (from shared memory, or with PULL and DATA over the same
 connection) and answers each post with one ACK.
+
+Why a key and not a token that the control plane hands out: every runner of a cluster derives the key from the cluster
+secret, so both ends are proven, a reconnect needs no new token, and nothing that travels here can be used again by who
+saw it. What a connection may then write is not decided by who opened it but by grants (`direct_ledger`), and those do
+come from the control plane.
 """
 
 from __future__ import annotations

@@ -196,6 +196,57 @@ def test_a_full_channel_refuses_the_request_and_leaves_nothing_behind():
     assert world.engine.open_exchanges == 0
 
 
+@pytest.mark.parametrize("wakes", ["the sweep", "a message", "the next request"])
+def test_an_abort_that_a_full_channel_did_not_take_is_sent_when_it_takes_messages_again(wakes):
+    world = World()
+    gone, stays = world.exchange(prompt(), prompt()), world.exchange()
+    keys = [generation.key for generation in gone.generations]
+    world.channel.room = len(world.channel.sent)
+    world.engine.abort(gone, "the client disconnected")
+    world.engine.sweep_once()
+    world.engine.handle(row(stays.generations[0].key, letters("a")))
+    assert not world.channel.of(Abort)
+    world.channel.room += 1
+    world.engine.sweep_once()
+    world.channel.room = 1000
+    if wakes == "the sweep":
+        world.engine.sweep_once()
+    elif wakes == "a message":
+        world.engine.handle(row(stays.generations[0].key, letters("b")))
+    else:
+        world.exchange()
+    assert [(abort.key, abort.reason) for abort in world.channel.of(Abort)] == [
+        (key, "the client disconnected") for key in keys
+    ]
+    world.engine.sweep_once()
+    world.engine.abort(gone, "again")
+    assert len(world.channel.of(Abort)) == 2, "each is told once"
+
+
+def test_while_aborts_wait_no_request_is_taken_so_that_their_number_stays_bounded():
+    world = World()
+    exchanges = [world.exchange() for _ in range(3)]
+    world.channel.room = len(world.channel.sent)
+    for exchange in exchanges:
+        world.engine.abort(exchange, "the client disconnected")
+    world.channel.room += 2  # for two of the three
+    with pytest.raises(RequestError) as caught:
+        world.exchange()
+    assert caught.value.status == 503 and caught.value.code == "overloaded"
+    assert len(world.channel.of(Abort)) == 2 and len(world.channel.of(Submit)) == 3
+
+
+def test_aborts_that_wait_are_forgotten_with_the_scheduler():
+    world = World()
+    exchange = world.exchange()
+    world.channel.room = len(world.channel.sent)
+    world.engine.abort(exchange, "the client disconnected")
+    world.engine.lose("gone")
+    world.channel.room = 1000
+    world.engine.sweep_once()
+    assert not world.channel.of(Abort)
+
+
 def test_a_lost_scheduler_ends_every_exchange():
     world = World()
     exchanges = [world.exchange(), world.exchange(stream=False)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -90,10 +91,36 @@ def scenario(seed: int, faults: bool = True) -> SimCluster:
     return world
 
 
+def crowd(seed: int) -> None:
+    """More requests than memory, and clients that leave: every block that comes free is another's at once."""
+    rnd = random.Random(seed)
+    config = replace(_config(rnd), prefills=1, decodes=1, num_blocks=rnd.choice([17, 25]), write_delay=(0.0002, 0.002))
+    world = SimCluster(seed, config)
+    [decode] = [n for n in world.nodes.values() if n.role is Role.DECODE]
+    for number in range(16):
+        prompt = [rnd.randrange(100) for _ in range(rnd.randrange(4, 20))]
+        world.submit(decode, prompt, rnd.randrange(4, 20), seed=number)
+    while (left := [c for c in world.clients.values() if not c.ended]) and world.now < 60:
+        if rnd.random() < 0.5:
+            world.abort(rnd.choice(left[:6]))
+        world.run(world.now + rnd.random() * 0.01)
+    assert world.settle(60), "a request never ended"
+    world.check_answers()
+    world.check_digests()
+    world.run(world.now + 5)
+    world.check_rest()
+
+
 @settings(max_examples=SCENARIOS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32))
 def test_whatever_fails_every_request_ends_and_no_answer_is_wrong(seed: int) -> None:
     scenario(seed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_crowd_for_too_little_memory_comes_to_an_end(seed: int) -> None:
+    crowd(seed)
 
 
 @settings(max_examples=100, deadline=None)
@@ -157,7 +184,7 @@ def test_mutant_blocks_are_reused_while_a_step_may_still_write_to_them(monkeypat
         self.inflight = inflight
 
     monkeypatch.setattr(Batcher, "give_blocks", at_once)
-    assert _is_found_out(scenario)
+    assert _is_found_out(crowd)
 
 
 def test_mutant_late_tokens_are_not_dropped_by_their_epoch(monkeypatch: pytest.MonkeyPatch) -> None:

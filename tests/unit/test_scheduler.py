@@ -242,6 +242,13 @@ def test_the_youngest_is_retracted_when_memory_runs_out_and_replayed_without_a_w
     assert core.requests == {}
 
 
+def test_two_requests_that_need_the_whole_pool_do_not_take_it_from_each_other_for_ever() -> None:
+    instance = Instance(settings(reserve_blocks=0), num_blocks=17)
+    clients = [instance.submit(key, prompt(8, key), 40) for key in range(3)]
+    instance.run(steps=300)  # a replay that is still being computed gives way to an older one that decodes
+    assert [len(client.tokens) for client in clients] == [40, 40, 40]
+
+
 def test_a_retracted_request_keeps_its_age_and_starts_before_new_ones() -> None:
     instance = Instance(num_blocks=9)
     for key in range(2):

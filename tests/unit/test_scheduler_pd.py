@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
+from pd.api.metrics import Latencies, exposition
+from pd.messages import Answer, Ask, Cancel, Failed
 from pd.scheduler import events as ev
-from pd.scheduler.actions import Exit, OpenSession, SendPeer
+from pd.scheduler.actions import Exit, OpenSession, Reply, SendPeer
 from pd.testing.fake_runner import reference_tokens
-from pd.testing.instance import TINY_MODEL, Client
+from pd.testing.instance import TINY_MODEL, Client, Instance, settings
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
-from pd.types import FinishReason, InstanceState, SamplingParams
+from pd.types import FinishReason, HandoffId, InstanceState, Role, SamplingParams
 
 BLOCK_BYTES = 64
 
@@ -358,3 +361,35 @@ def test_a_decode_instance_whose_runner_died_says_goodbye_and_opens_no_new_sessi
     assert not decode.decode.handoffs.quiet, "blocks wait for the prefill instance: a reason to dial it"
     later = [a for tick in range(1, 20) for a in decode.handle(ev.Tick(sim.now + 0.5 * tick, 0.0))]
     assert not [a for a in later if isinstance(a, OpenSession)]
+
+
+def test_every_field_of_a_hello_says_something() -> None:
+    """Nothing travels that no code fills in: what looks like a proof must be one."""
+    decode = Instance(settings(Role.DECODE))
+    decode.submit(1, prompt(12), prefills=("tcp://p0:1",))
+    [hello] = [action.hello for action in decode.actions if isinstance(action, OpenSession)]
+    empty = {name for name in hello.__struct_fields__ if not getattr(hello, name)}
+    assert empty == {"outstanding"}, "a first session leaves nothing open"
+
+
+def figures(node: Node, what: str = "metrics") -> dict[str, Any]:
+    """What the scheduler answers to an HTTP operation."""
+    actions = node.scheduler.handle(ev.Asked(node.world.now, 0, Ask(1, what)))
+    [answer] = [a.message for a in actions if isinstance(a, Reply) and isinstance(a.message, Answer)]
+    return answer.data
+
+
+def test_messages_of_closed_hand_offs_and_other_incarnations_are_on_metrics() -> None:
+    sim = world()
+    finish(sim, sim.submit(sim.nodes["d0"], prompt(12), 2))
+    [session] = sim.sessions
+    other = HandoffId(999, 1, 0)
+    for node, message in (
+        (sim.nodes["d0"], Failed(other, "late", True)),
+        (sim.nodes["d0"], Failed(other, "late", True)),
+        (sim.nodes["p0"], Cancel(other)),
+    ):
+        node.scheduler.handle(ev.PeerSaid(sim.now, session, message))
+    bodies = [exposition(figures(sim.nodes[name]), Latencies(), "")[0].decode().splitlines() for name in ("d0", "p0")]
+    assert 'pd_stale_messages_total{kind="Failed"} 2.0' in bodies[0]
+    assert 'pd_stale_messages_total{kind="Cancel of another incarnation"} 1.0' in bodies[1]
