@@ -20,7 +20,6 @@ FREE, OWNED, CACHED, INCOMING, QUARANTINED = range(5)
 STATES = ("free", "owned", "cached", "incoming", "quarantined")
 
 _IS_OWNED = bytes(state == OWNED for state in range(256))
-_NOT = bytes(not value for value in range(256))
 
 
 class _FreeRuns:
@@ -130,7 +129,8 @@ class BlockPool:
         assert recount == self.counts, f"counts {self.counts} != recount {recount}"
         assert sum(recount) == self.total, f"{sum(recount)} blocks of {self.total} have a state"
         refs, owned = self._refs[1:], states.translate(_IS_OWNED)
-        if not all(compress(refs, owned)) or any(compress(refs, owned.translate(_NOT))):
+        # As many blocks have references as are owned, and all that are owned do: then no other block has any.
+        if self.total - refs.count(0) != recount[OWNED] or not all(compress(refs, owned)):
             block = next(b for b in range(1, self.total + 1) if (self._refs[b] > 0) != owned[b - 1])
             raise AssertionError(f"block {block}: {self._refs[block]} refs, {self.state_of(block)}")
         return dict(zip(STATES, recount, strict=True))

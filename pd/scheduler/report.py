@@ -22,7 +22,7 @@ from pd.types import InstanceState, Load, Role
 #: Names the order of a block's dimensions; peers must agree.
 LAYOUT = "block,kv_head,layer,kv,token,head_dim"
 
-#: Least seconds between two audits of an instance by itself: each looks at every block (2-3 ms for 100,000).
+#: Least seconds between two audits of an instance by itself: each looks at every block (1-2 ms for 100,000).
 AUDIT_INTERVAL = 10.0
 
 #: States of hand-offs, on either side, that outlive their request.
