@@ -4,7 +4,7 @@
 
 A prefill and a decode instance, each a tree of real processes, with a model that computes little and has a large KV
 cache (32 KiB a token). The prefill instance has every prompt cached, the decode instance's pool is too small to keep
-them, so that each request is a push of 32 MiB and next to no computation. The lag is what the schedulers themselves
+them, so that each request is a push of 128 MiB and next to no computation. The lag is what the schedulers themselves
 measure, over the last minute. The floor is the lag of a process beside them that does nothing but wait.
 """
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from oracle import tiny_model  # noqa: E402
 from up_kit import Running, running  # noqa: E402
 
-PROMPTS, TOKENS, CLIENTS = 8, 1024, 2
+PROMPTS, TOKENS, CLIENTS = 4, 4096, 2
 
 FLOOR = """
 import asyncio, json, sys, time, uvloop
@@ -101,10 +101,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
-        model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=2048, **shape)
+        model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=8192, **shape)
         with (
-            running(serve(model, folder, "prefill", args.memory, 12_000), folder / "p", ready=url) as p,
-            running(serve(model, folder, "decode", args.memory, 4_000), folder / "d", ready=url) as d,
+            running(serve(model, folder, "prefill", args.memory, 20_000), folder / "p", ready=url) as p,
+            running(serve(model, folder, "decode", args.memory, 10_000), folder / "d", ready=url) as d,
         ):
             prefill = str(p.logged("ready")[-1]["control_endpoint"])
             with httpx.Client(timeout=60) as http:
