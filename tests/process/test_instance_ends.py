@@ -97,6 +97,6 @@ def test_a_member_of_a_cluster_that_freezes_is_replaced(tmp_path: Path, name: st
         tree = [frozen, *frozen.children(recursive=True)]
         frozen.send_signal(signal.SIGSTOP)
         eventually(lambda: all(gone(one) for one in tree), 15.0, lambda: tree)
-        assert "no sign of life" in up.logged("restarting")[0]["how"]
         eventually(lambda: len(up.logged("restarted")) == 1, BOUND, lambda: up.stderr)
+        assert "no sign of life" in up.logged("restarting")[0]["how"]
         eventually(lambda: Ask(up.url, PROMPT, stream=False).start().wait().outcome == "tokens", BOUND)
