@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from pd.abc import PolicyContext, RouteRequest, RoutingPolicy, WorkerView
 from pd.config import HttpConfig, LogConfig, RouteConfig
 from pd.router.service import serve
@@ -316,6 +318,16 @@ class Gate:
 
         await eventually(idle)
         assert all(policy.open == 0 for policy in self.policies.values())
+
+
+async def until_cut(client: Client) -> list[bytes]:
+    """What comes until the connection ends without the stream's own end."""
+    chunks = []
+    with pytest.raises(asyncio.IncompleteReadError):
+        while True:
+            chunks.append(await client.chunk())
+            assert chunks[-1], "the stream ended properly"
+    return chunks
 
 
 async def eventually(condition: Callable[[], Any], limit: float = 5.0) -> None:

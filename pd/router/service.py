@@ -56,11 +56,12 @@ class Router:
         selection = Selection(config, fleet, policies)
         self.core = Core(fleet, selection, self.stats, spawn)
         self.operations = Operations(self.core).table
+        longest = max(_LONGEST_WAIT, config.request_timeout)
         self.limits = Limits(
             max_body=config.max_body,
             request_timeout=config.request_timeout,
-            answer_timeout=max(_LONGEST_WAIT, config.request_timeout),
-            stall_timeout=max(_LONGEST_WAIT, config.request_timeout),
+            answer_timeout=longest,
+            stall_timeout=longest,
         )
         self.clients: set[ClientConnection] = set()
         self.draining = False

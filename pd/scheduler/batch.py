@@ -285,8 +285,6 @@ class Batcher:
         """Take a request out of the batch; it will be replayed from prompt + emitted tokens and keeps its age."""
         self.retractions += 1
         self.leave(request)
-        request.replay = True
-        request.state = State.WAITING
         self.retracted(request)
 
     def _chunks(self, decoding: int) -> tuple[list[Chunk], list[Push]]:

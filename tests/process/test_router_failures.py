@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from router_kit import Call, Client, Entry, FakeWorker, First, echo, eventually, prefill_worker, routing, workers
+from router_kit import Call, Entry, FakeWorker, First, echo, eventually, prefill_worker, routing, until_cut, workers
 
 from pd.abc import RouteRequest, WorkerView
 
@@ -120,15 +120,6 @@ def test_a_stale_connection_is_retried_on_the_same_worker(run_async: Run) -> Non
     run_async(main())
 
 
-async def _events_until_cut(client: Client) -> list[bytes]:
-    events = []
-    with pytest.raises(asyncio.IncompleteReadError):
-        while True:
-            events.append(await client.chunk())
-            assert events[-1], "the stream ended properly"
-    return events
-
-
 @pytest.mark.parametrize("boundary", [True, False], ids=["after an event", "within an event"])
 def test_a_stream_that_its_worker_abandons_ends_with_an_error_event_and_no_proper_end(
     run_async: Run, boundary: bool
@@ -147,7 +138,7 @@ def test_a_stream_that_its_worker_abandons_ends_with_an_error_event_and_no_prope
             client = await gate.client()
             client.post()
             assert (await client.head()).status == 200
-            events = await _events_until_cut(client)
+            events = await until_cut(client)
             lines = b"".join(events).split(b"\n\n")
             assert lines[0] == b"data: one"
             assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "worker_failed"

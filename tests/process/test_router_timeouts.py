@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from router_kit import Call, Client, FakeWorker, eventually, prefill_worker, routing, workers
+from router_kit import Call, FakeWorker, eventually, prefill_worker, routing, until_cut, workers
 
 from pd.router import client as client_module
 
@@ -37,16 +37,6 @@ async def silent(call: Call) -> None:
 
 def now() -> float:
     return asyncio.get_running_loop().time()
-
-
-async def until_cut(client: Client) -> list[bytes]:
-    """What comes until the connection ends without the stream's own end."""
-    chunks = []
-    with pytest.raises(asyncio.IncompleteReadError):
-        while True:
-            chunks.append(await client.chunk())
-            assert chunks[-1], "the stream ended properly"
-    return chunks
 
 
 # --- the worker's silence --------------------------------------------------------------------------------------------
