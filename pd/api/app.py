@@ -10,11 +10,12 @@ import msgspec
 
 import pd
 from pd.api import metrics
+from pd.api.chat import ChatRequest, plan_chat
+from pd.api.completions import CompletionRequest, plan_completion
 from pd.api.context import Context, Served
 from pd.api.generate import Generator, Writers
 from pd.api.http import ClientDisconnected, Http, Receive, Scope, Send, error_body, http_error
 from pd.api.native import GenerateRequest, plan_generate
-from pd.api.openai import ChatRequest, CompletionRequest, plan_chat, plan_completion
 from pd.errors import RequestError
 from pd.types import Role
 

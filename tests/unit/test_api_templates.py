@@ -3,8 +3,8 @@ import json
 import msgspec
 import pytest
 
+from pd.api.chat_messages import template_messages
 from pd.api.chat_template import ChatTemplate
-from pd.api.openai import template_messages
 from pd.api.sse import ChunkTemplate, error_event, event
 from pd.api.tokenizer import Tokenizer
 from pd.errors import ModelError, RequestError
