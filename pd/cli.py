@@ -102,6 +102,9 @@ def _parser(plugins: Plugins, argv: list[str]) -> tuple[Parser, dict[str, Parser
     sub.set_defaults(run=lambda namespace: _show_plugins(plugins.describe(), as_json=namespace.json))
     commands["bench"] = add("bench", help="measurements")
     _add_benchmarks(commands["bench"], argv)
+    commands["verify"] = add("verify", help="compare a deployment's tokens and logprobs with a reference")
+    if argv[:1] == ["verify"]:
+        _add_verify(commands["verify"])
     for name, entry in plugins.commands().items():
         if name in commands:
             raise PluginError(entry.origin, f"command {name} is pd's own")
@@ -144,6 +147,13 @@ def _add_benchmarks(parser: Parser, argv: list[str]) -> None:
             module = _with_extra(name, partial(importlib.import_module, f"pd.bench.{name}"))
             module.add_arguments(sub)
             sub.set_defaults(run=partial(_with_extra, name, module.run))
+
+
+def _add_verify(parser: Parser) -> None:
+    from pd import verify
+
+    verify.add_arguments(parser)
+    parser.set_defaults(run=verify.run)
 
 
 def _with_extra(name: str, call: Callable[..., Any], *args: Any) -> Any:
