@@ -234,6 +234,12 @@ class HttpConfig:
     host: str = setting("127.0.0.1", "HTTP address")
     port: int = setting(30000, "HTTP port (0: any)", at_least=0, at_most=65535)
     drain_timeout: float = setting(30.0, "longest wait for running requests on SIGTERM", unit="s", at_least=0)
+    api_workers: int = setting(
+        1,
+        "processes that speak HTTP: more when one is too busy with the tokens of all streams",
+        at_least=1,
+        at_most=64,
+    )
 
 
 @dataclass(frozen=True)

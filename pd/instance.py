@@ -13,7 +13,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,21 +80,27 @@ def check_text(model: ModelInfo) -> None:
 
 @dataclass
 class _Children:
-    """The three processes, and which of them has died."""
+    """The processes, and which of them has died. `apis` grows during start-up."""
 
     scheduler: Child
-    api: Child
+    apis: list[Child]
     runner: Child
 
     def all(self) -> tuple[Child, ...]:
-        return self.scheduler, self.api, self.runner
+        return self.scheduler, *self.apis, self.runner
+
+    async def end(self) -> None:
+        """Those that carry what the scheduler decides, once it is over."""
+        await asyncio.gather(*(child.terminate(EXIT_TIMEOUT) for child in (*self.apis, self.runner)))
 
     async def one_exits(self) -> Child:
         await asyncio.wait([child.exited for child in self.all()], return_when=asyncio.FIRST_COMPLETED)
         return next(child for child in self.all() if child.exited.done())
 
 
-async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready) -> int:
+async def serve(
+    config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready, plan_type: type[Plan] | None = None
+) -> int:
     """Run one instance until `stop` is set. Raises ProcessError when a child dies.
 
     `ready` gets its addresses once it takes requests.
@@ -107,7 +113,7 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
         log.warning("setting_without_effect", setting="base_gpu_id", reason="the runner computes on the CPU")
     log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
     async with AsyncExitStack() as resources:
-        plan = _Plan(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
+        plan = (plan_type or Plan)(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
         try:
             children = await _start(plan, resources, stop)
         except ProcessError as error:
@@ -127,7 +133,7 @@ async def serve(config: ServeConfig, model: ModelInfo, stop: asyncio.Event, read
         log.info("draining", bound=config.http.drain_timeout)
         # New requests are refused from here on; the api still carries what runs.
         await children.scheduler.terminate(config.http.drain_timeout + EXIT_TIMEOUT)
-        await asyncio.gather(children.api.terminate(EXIT_TIMEOUT), children.runner.terminate(EXIT_TIMEOUT))
+        await children.end()
         log.info("stopped")
     return 0
 
@@ -141,7 +147,7 @@ def control_host(config: ServeConfig) -> str:
 
 
 @dataclass
-class _Plan:
+class Plan:
     """How the children are configured and, once they run, where they listen."""
 
     config: ServeConfig
@@ -203,14 +209,19 @@ class _Plan:
         )
         return self._spec("runner", "pd.runner.service:main", process)
 
-    def api(self) -> ChildSpec:
-        config = self.config
+    def api(self, worker: int) -> ChildSpec:
+        """The first takes the port, the others share it."""
+        config, workers = self.config, self.config.http.api_workers
+        http = config.http if worker == 0 else replace(config.http, port=self.http[1])
         port = int(self.control_endpoint.rpartition(":")[2]) if self.control_endpoint else None
         process = ApiConfig(
             self.model,
             self._endpoint("api"),
             role=config.role,
-            http=config.http,
+            worker=worker,
+            workers=workers,
+            shared=str(self.folder),
+            http=http,
             page_size=config.cache.page_size,
             request_timeout=config.scheduler.request_timeout,
             log=config.log,
@@ -223,7 +234,8 @@ class _Plan:
                 "local_prefill": config.scheduler.local_prefill,
             },
         )
-        return self._spec("api", "pd.api.service:main", process, config.control.watchdog_timeout)
+        name = f"api-{worker}" if workers > 1 else "api"
+        return self._spec(name, "pd.api.service:main", process, config.control.watchdog_timeout)
 
     @property
     def addresses(self) -> dict[str, Any]:
@@ -234,7 +246,7 @@ class _Plan:
         return addresses
 
 
-async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) -> _Children | None:
+async def _start(plan: Plan, resources: AsyncExitStack, stop: asyncio.Event) -> _Children | None:
     """Start the children; None when asked to stop meanwhile. What fails to start takes the others with it."""
 
     async def start(spec: ChildSpec) -> Child:
@@ -244,24 +256,31 @@ async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) ->
 
     scheduler = await start(plan.scheduler())
     plan.control_endpoint = (await scheduler.ready(START_TIMEOUT))["control_endpoint"]
-    runner, api = await start(plan.runner()), await start(plan.api())
-    children = _Children(scheduler, api, runner)
+    runner, api = await start(plan.runner()), await start(plan.api(0))
+    children = _Children(scheduler, [api], runner)
+
+    async def everything() -> None:
+        _, where = await _all_up(children, runner.ready(START_TIMEOUT), _healthy(api))
+        plan.http = where["host"], where["port"]
+        children.apis += [await start(plan.api(worker)) for worker in range(1, plan.config.http.api_workers)]
+        await _all_up(children, *(other.ready(START_TIMEOUT) for other in children.apis[1:]))
+
     stopped = asyncio.ensure_future(stop.wait())
-    up = asyncio.ensure_future(_all_ready(children))
+    up = asyncio.ensure_future(everything())
     try:
         await asyncio.wait((stopped, up), return_when=asyncio.FIRST_COMPLETED)
         if not up.done():
             return None
-        plan.http = up.result()
+        up.result()
     finally:
         stopped.cancel()
         up.cancel()
     return children
 
 
-async def _all_ready(children: _Children) -> tuple[str, int]:
-    """Until runner and api are up; the death of any child ends the wait."""
-    waits = [asyncio.ensure_future(up) for up in (children.runner.ready(START_TIMEOUT), _healthy(children.api))]
+async def _all_up(children: _Children, *ups: Coroutine[Any, Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of `ups` answers; the death of any child ends the wait."""
+    waits = [asyncio.ensure_future(up) for up in ups]
     exits = asyncio.ensure_future(children.one_exits())
     pending = set(waits)
     try:
@@ -281,8 +300,7 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
     finally:
         for task in (*waits, exits):
             task.cancel()
-    api = waits[1].result()
-    return api["host"], api["port"]
+    return [wait.result() for wait in waits]
 
 
 async def _healthy(api: Child) -> dict[str, Any]:
@@ -311,5 +329,5 @@ async def _after_death(children: _Children, dead: Child) -> NoReturn:
         # A dead runner is an event to the scheduler, which fails every request and ends by itself.
         await asyncio.wait({children.scheduler.exited}, timeout=EXIT_TIMEOUT if dead is children.runner else 0)
         await children.scheduler.terminate(EXIT_TIMEOUT)
-    await asyncio.gather(children.api.terminate(EXIT_TIMEOUT), children.runner.terminate(EXIT_TIMEOUT))
+    await children.end()
     raise ProcessError(dead.name, f"died ({dead.describe_exit()})")

@@ -78,6 +78,7 @@ class Engine:
         self._exchanges: set[Exchange] = set()
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
+        self.heard = asyncio.Event()  # the scheduler has said that it takes requests, or no longer does
         self._lost = ""
         self._stopping = False
 
@@ -241,6 +242,8 @@ class Engine:
             self._rejected(message)
         elif isinstance(message, InstanceInfo):
             self.info = message
+            if message.state is not InstanceState.STARTING:
+                self.heard.set()
         else:
             self._answered(message)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -25,31 +27,73 @@ PROMPT_SOURCES = ("computed", "cached", "landed")
 
 
 class Histogram:
-    """Counts per bucket. Observed once per token, which is why it is not prometheus_client's, with its locks."""
+    """Counts per bucket, and after them the sum of what was observed; `cells` is where they are kept.
 
-    __slots__ = ("bounds", "counts", "total")
+    Observed once per token, which is why it is not prometheus_client's, with its locks.
+    """
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    __slots__ = ("bounds", "cells")
+
+    def __init__(
+        self, bounds: Sequence[float], cells: MutableSequence[float] | memoryview[float] | None = None
+    ) -> None:
         self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
+        self.cells = [0.0] * (len(bounds) + 2) if cells is None else cells
+        assert len(self.cells) == len(bounds) + 2
+
+    @property
+    def total(self) -> float:
+        return self.cells[-1]
 
     def observe(self, value: float, times: int = 1) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += times
-        self.total += value * times
+        self.cells[bisect.bisect_left(self.bounds, value)] += times
+        self.cells[-1] += value * times
 
     def cumulative(self) -> list[tuple[str, float]]:
-        running, buckets = 0, []
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+        running, buckets = 0.0, []
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.cells, strict=False):
             running += count
-            buckets.append((bound, float(running)))
+            buckets.append((bound, running))
         return buckets
+
+    def plus(self, other: Histogram) -> Histogram:
+        return Histogram(self.bounds, [mine + theirs for mine, theirs in zip(self.cells, other.cells, strict=True)])
 
 
 @dataclass(frozen=True)
 class Latencies:
+    """Of one api worker. Where an instance has several, each keeps its own in a file of `folder`, which all can read:
+
+    a scrape reaches any one of them and must tell of all.
+    """
+
     first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BUCKETS))
     inter_token: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_BUCKETS))
+    folder: Path | None = None
+
+    @classmethod
+    def shared(cls, folder: Path, worker: int) -> Latencies:
+        """Worker `worker`'s, in a file of its own. Everybody may read it at any time; a count is written at once."""
+        size = 8 * (len(FIRST_TOKEN_BUCKETS) + len(INTER_TOKEN_BUCKETS) + 4)
+        with (folder / f"latencies-{worker}").open("a+b") as file:
+            file.truncate(size)
+            return cls._of(memoryview(mmap.mmap(file.fileno(), size)), folder)
+
+    @classmethod
+    def _of(cls, data: memoryview, folder: Path | None = None) -> Latencies:
+        cells, first = data.cast("d"), len(FIRST_TOKEN_BUCKETS) + 2
+        inter_token = Histogram(INTER_TOKEN_BUCKETS, cells[first:])
+        return cls(Histogram(FIRST_TOKEN_BUCKETS, cells[:first]), inter_token, folder)
+
+    def of_all(self) -> Latencies:
+        """The sums over this instance's api workers."""
+        if self.folder is None:
+            return self
+        found = [Latencies._of(memoryview(path.read_bytes())) for path in sorted(self.folder.glob("latencies-*"))]
+        first, inter = Histogram(FIRST_TOKEN_BUCKETS), Histogram(INTER_TOKEN_BUCKETS)
+        for other in found:
+            first, inter = first.plus(other.first_token), inter.plus(other.inter_token)
+        return Latencies(first, inter)
 
 
 class _Snapshot(Collector):
@@ -119,6 +163,6 @@ def _histogram(name: str, text: str, histogram: Histogram) -> Metric:
 def exposition(figures: Mapping[str, Any], latencies: Latencies, accept: str) -> tuple[bytes, str]:
     """(body, content type) in the format that the Accept header prefers. `figures` is the scheduler's answer."""
     registry = CollectorRegistry()
-    registry.register(_Snapshot(figures, latencies))
+    registry.register(_Snapshot(figures, latencies.of_all()))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type

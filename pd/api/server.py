@@ -18,10 +18,13 @@ KEEP_ALIVE_S = 75
 CLOSE_S = 2
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises OSError."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free one. With `shared` others may listen there, too: the kernel spreads
+
+    connections over them. Raises OSError.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG)
+    sock = socket.create_server((host.strip("[]"), port), family=family, backlog=BACKLOG, reuse_port=shared)
     # Accepted connections inherit it: a token must not wait for the acknowledgement of the one before.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock

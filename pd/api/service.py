@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -38,14 +40,17 @@ FAREWELL_S = 2.0
 @dataclass(frozen=True)
 class ApiConfig:
     """What this process needs. `scheduler` is the endpoint of the scheduler's ROUTER, "ipc://…"; `model` what
-    `pd.models.info.check_model` found. `info` is shown by /server_info as it is: transfer, bootstrap_port,
-    max_running_requests and what else the parent knows.
+    `pd.models.info.check_model` found. `worker` counts from 0; with `workers` > 1 all listen on one port, the first
+    chooses it, and `shared` is a folder for what they have in common. `info` is shown by /server_info as it is:
+    transfer, bootstrap_port, max_running_requests and what else the parent knows.
     """
 
     model: ModelInfo
     scheduler: str
     role: str = "unified"
     worker: int = 0
+    workers: int = 1
+    shared: str = ""
     http: HttpConfig = field(default_factory=HttpConfig)
     page_size: int = 32
     request_timeout: float = 600.0  # longest time without a new token, seconds
@@ -98,7 +103,7 @@ class Service:
     def __init__(self, config: ApiConfig, channel: SchedulerChannel, finished: Finished) -> None:
         self.config = config
         self.tokenizer = Tokenizer(config.model.path)
-        latencies = Latencies()
+        latencies = Latencies.shared(Path(config.shared), config.worker) if config.workers > 1 else Latencies()
         self.engine = Engine(
             channel,
             self._detokenizer,
@@ -122,13 +127,7 @@ class Service:
 
         Raises ProcessError when the scheduler is lost before it was drained: its clients have been told by then.
         """
-        http = self.config.http
-        try:
-            listener = bind(http.host, http.port)
-        except OSError as error:
-            raise ConfigError("--port", f"cannot listen on {http.host}:{http.port}: {error}") from error
-        port = listener.getsockname()[1]
-        server = HttpServer(self.app, lambda: report_ready({"host": http.host, "port": port}))
+        listener = self._listen() if self.config.worker == 0 else None
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(self.engine.run()),
@@ -137,6 +136,12 @@ class Service:
             ]
             if monitor is not None:
                 background.append(group.create_task(self._watch(monitor)))
+            if listener is None:
+                # Who joins the port of others must be able to serve what the kernel hands over from then on.
+                await self._either(self.engine.heard, stopping, self.engine.lost)
+                listener = self._listen()
+            host, port = self.config.http.host, listener.getsockname()[1]
+            server = HttpServer(self.app, lambda: report_ready({"host": host, "port": port}))
             serving = group.create_task(server.serve([listener]))
             try:
                 await self._until_end(stopping)
@@ -150,13 +155,26 @@ class Service:
         if reason and self.engine.info.state is not InstanceState.DRAINING:
             raise ProcessError("scheduler", reason)
 
-    async def _until_end(self, stopping: asyncio.Event) -> None:
-        waits = [asyncio.ensure_future(event.wait()) for event in (stopping, self.engine.lost)]
+    def _listen(self) -> socket.socket:
+        http, shared = self.config.http, self.config.workers > 1
+        try:
+            if shared and self.config.worker == 0 and http.port:
+                bind(http.host, http.port).close()  # a shared port would not notice that another instance has it
+            return bind(http.host, http.port, shared=shared)
+        except OSError as error:
+            raise ConfigError("--port", f"cannot listen on {http.host}:{http.port}: {error}") from error
+
+    @staticmethod
+    async def _either(*events: asyncio.Event) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+
+    async def _until_end(self, stopping: asyncio.Event) -> None:
+        await self._either(stopping, self.engine.lost)
         self.engine.stop_accepting()
         if not self.engine.lost.is_set():
             await self._idle(self.config.http.drain_timeout)

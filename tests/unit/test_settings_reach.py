@@ -13,7 +13,7 @@ import pd
 from pd.abc import BackendInfo
 from pd.api.service import ApiConfig
 from pd.config import CacheConfig, ControlConfig, SchedulerConfig, ServeConfig, TransferConfig
-from pd.instance import _Plan
+from pd.instance import Plan
 from pd.runner.config import RunnerConfig
 from pd.runner.transfer import backend_options, engine_config
 from pd.scheduler import events as ev
@@ -107,8 +107,8 @@ def changed() -> ServeConfig:
 
 
 def build(config: ServeConfig, role: str) -> Built:
-    plan = _Plan(replace(config, role=role), TINY_MODEL, "name", 1, config.control.control_host, Path("folder"))
-    process, runner, api = plan.scheduler().config, plan.runner().config, plan.api().config
+    plan = Plan(replace(config, role=role), TINY_MODEL, "name", 1, config.control.control_host, Path("folder"))
+    process, runner, api = plan.scheduler().config, plan.runner().config, plan.api(0).config
     scheduler = Scheduler(process.settings)
     scheduler.handle(ev.RunnerUp(0.0, runner_ready(65)))
     side = scheduler.decode or scheduler.prefill
