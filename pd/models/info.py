@@ -42,7 +42,7 @@ def check_model(
     tokenizer.json as well. Raises ModelError for anything that would make serving fail later.
     """
     if not os.path.isdir(path):
-        raise ModelError(path, "no such directory (pd serves local model directories)")
+        raise ModelError(path, "no such directory, and no hub id either (ORG/NAME)")
     raw = read_json(path, "config.json")
     architecture, shape = check_config(path, raw, supported)
     checkpoint = read_checkpoint(path)
