@@ -68,7 +68,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "yarn-betas": {
         "arch": "mistral",
         "sliding_window": None,
-        "rope_parameters": {**YARN, "beta_fast": 8, "beta_slow": 2, "truncate": False},
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 8,
+            "beta_slow": 2,
+            "truncate": False,
+        },
     },
     "yarn-of-one-frequency": {"arch": "llama", "rope_parameters": {**YARN, "beta_fast": 2.5, "beta_slow": 2.5}},
     "yarn-factor-from-lengths": {"arch": "llama", "rope_parameters": {**YARN, "factor": None}},
