@@ -17,7 +17,7 @@ import structlog
 from pd.api.server import bind
 from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, ProcessError
-from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text
+from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text, located
 from pd.logs import configure
 from pd.plugins import load_plugins
 from pd.process import Child, ChildSpec
@@ -33,7 +33,9 @@ def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
-    check_text(check(config.serve, load_plugins()))
+    plugins = load_plugins()
+    config = replace(config, serve=located(config.serve, plugins))
+    check_text(check(config.serve, plugins))
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

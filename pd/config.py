@@ -81,13 +81,19 @@ def default_transfer_threads() -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model: str = setting("", "model directory", flag="MODEL", aliases=("--model-path", "--model"))
+    model: str = setting(
+        "",
+        "model directory, or id on the Hugging Face hub: ORG/NAME[@REVISION]",
+        flag="MODEL",
+        aliases=("--model-path", "--model"),
+    )
     served_model_name: str = setting("", "name in /v1/models and answers (default: the model as given)")
     dtype: str = setting("auto", "weights and KV", choices=("auto", "float32", "float16", "bfloat16"))
     trust_remote_code: bool = setting(False, "accepted for compatibility: pd never runs code from a model directory")
     context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens", at_least=0)
     device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
     base_gpu_id: int = setting(0, "first GPU of this instance; computing on the CPU there is only 0", at_least=0)
+    revision: str = setting("", "branch, tag or commit of a model from the hub (default: main)")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """`pd serve`: one instance, the parent of an api, a scheduler and a runner process.
 
-Start: the model directory is checked before anything is opened; then the scheduler binds its sockets, and the runner
-and the api attach to it. End: on a signal the scheduler drains, then the api and the runner stop. When any child dies
-or hangs (the scheduler watches its runner, the parent the other two), the instance ends with exit code 1: a runner's
-memory or a scheduler's decisions cannot be replaced inside one incarnation.
+Start: the model is found (on the hub, if it is no directory) and checked before anything is opened; then the scheduler
+binds its sockets, and the runner and the api attach to it. End: on a signal the scheduler drains, then the api and the
+runner stop. When any child dies or hangs (the scheduler watches its runner, the parent the other two), the instance
+ends with exit code 1: a runner's memory or a scheduler's decisions cannot be replaced inside one incarnation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pd.config import ServeConfig
 from pd.errors import ProcessError
 from pd.faults import fault_prefix
 from pd.logs import configure
-from pd.models.info import check_model
+from pd.models.checkpoint import read_json
+from pd.models.hub import HuggingFaceHub, locate
+from pd.models.info import check_config, check_model
 from pd.plugins import Plugins, load_plugins
 from pd.process import Child, ChildSpec
 from pd.runner.config import RunnerConfig
@@ -51,6 +53,7 @@ def run(config: ServeConfig) -> int:
     """The `pd serve` command. Returns the exit code; raises ModelError, ConfigError, ProcessError."""
     configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
     plugins = load_plugins()
+    config = located(config, plugins)
     model = check(config, plugins)
     check_text(model)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
@@ -59,6 +62,31 @@ def run(config: ServeConfig) -> int:
 async def main(config: ServeConfig, context: ChildContext) -> int:
     """Process target of `pd up`."""
     return await serve(config, check(config, load_plugins()), context.stopping, context.report_ready)
+
+
+def located(config: ServeConfig, plugins: Plugins) -> ServeConfig:
+    """`config` with its model's directory in place of a hub id, which stays the name that is served.
+
+    Only the process that the user started does this: every other one is given the directory. Raises ConfigError,
+    ModelError.
+    """
+    log, wanted = structlog.get_logger(), config.model
+
+    def servable(path: str) -> None:
+        check_config(path, read_json(path, "config.json"), plugins.models())
+
+    folder = locate(
+        wanted.model,
+        wanted.revision,
+        HuggingFaceHub(),
+        check=servable,
+        downloading=lambda: log.info("downloading", model=wanted.model, revision=wanted.revision or "main"),
+    )
+    if folder == wanted.model:
+        return config
+    log.info("model_found", model=wanted.model, path=folder)
+    name = wanted.served_model_name or wanted.model
+    return replace(config, model=replace(wanted, model=folder, revision="", served_model_name=name))
 
 
 def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.config import ROLES, ControlConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import ROLES, ControlConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
 Given = Mapping[tuple[str, ...], str]
@@ -53,7 +53,8 @@ def apply(config: Any, given: Given, backends: Mapping[str, Backend] | None, pol
 
 def _serve(config: ServeConfig, given: Given, backends: Mapping[str, Backend] | None) -> ServeConfig:
     if not config.model.model:
-        raise ConfigError("MODEL", "no model given", "name a model directory")
+        raise ConfigError("MODEL", "no model given", "name a model directory or a hub id")
+    _check_revision(config.model, given)
     _check_local_prefill(config.scheduler.local_prefill, given.get(("scheduler", "local_prefill"), "--local-prefill"))
     _check_control_host(config.control, given.get(("control", "control_host"), "--control-host"))
     return _with_transfer(config, given, backends, used=config.role != "unified")
@@ -86,6 +87,13 @@ def _with_transfer(
         if reason:
             raise ConfigError(source or "--transfer", f"transfer backend {name} is unavailable: {reason}")
     return replace(config, transfer=transfer)
+
+
+def _check_revision(model: ModelConfig, given: Given) -> None:
+    """A directory has no revisions. Like any variable, PD_REVISION may be set for a whole machine."""
+    source = given.get(("model", "revision"), "")
+    if model.revision and source.startswith("-") and Path(model.model).is_dir():
+        raise ConfigError(source, f"{model.model} is a directory", "leave it out: it is for models from the hub")
 
 
 def _check_local_prefill(text: str, source: str) -> None:
@@ -221,6 +229,7 @@ def _up(
     elif not config.decode:
         raise ConfigError(given.get(("decode",), "--decode"), "at least one decode instance is needed")
     inner = {path[1:]: source for path, source in given.items() if path[0] == "serve"}
+    _check_revision(serve.model, inner)
     _check_local_prefill(serve.scheduler.local_prefill, inner.get(("scheduler", "local_prefill"), "--local-prefill"))
     serve = _with_transfer(serve, inner, backends, used=not config.unified)
     _check_policies(config.route, given, ("route",), policies)

@@ -25,6 +25,7 @@ import httpx
 import psutil
 from up_kit import Running, running
 
+from tests.hub_kit import cache_model
 from tests.oracle import Oracle, tiny_model
 from tests.replay import audit, metrics
 
@@ -136,13 +137,17 @@ class Deployment:
 
 
 @contextmanager
-def deploy(folder: Path, arch: str, *arguments: str) -> Iterator[Deployment]:
-    """`pd up` with a tiny model of `arch`, until the block ends."""
-    model = tiny_model(folder / "models", arch, tokenizer=True)
+def deploy(folder: Path, arch: str, *arguments: str, hub_id: str = "", **overrides: Any) -> Iterator[Deployment]:
+    """`pd up` with a tiny model of `arch` until the block ends; with a `hub_id` from a cache of the hub, by that id."""
+    model = tiny_model(folder / "models", arch, tokenizer=True, **overrides)
     faults = folder / "faults"
     faults.mkdir()
-    command = [sys.executable, "-m", "pd", "up", model, "--port", "0", "--log-format", "json", *arguments]
-    with running(command, folder / "logs", PYTHONPATH=ROOT, PD_FAULT=str(faults)) as cluster:
+    named, cache = hub_id or model, {}
+    if hub_id:
+        cache_model(folder / "cache", hub_id, model)
+        cache = {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pd", "up", named, "--port", "0", "--log-format", "json", *arguments]
+    with running(command, folder / "logs", PYTHONPATH=ROOT, PD_FAULT=str(faults), **cache) as cluster:
         found = Deployment(cluster, Oracle(model), faults)
         for worker in httpx.get(f"{cluster.url}/server_info", timeout=PATIENCE).json()["workers"]:
             found.instances.append(worker["url"])

@@ -39,7 +39,7 @@ def tiny_model(
     tokenizer: bool = False,
     **overrides: Any,
 ) -> str:
-    """Directory of a random `arch` ("llama" or "qwen2") model; the same arguments give the same model.
+    """Directory of a random `arch` ("llama", "mistral", "qwen2" or "qwen3") model; the same arguments give the same.
 
     Made once per session: `folder` is where a new one goes. `older_config` writes config.json as transformers 4 did.
     `tokenizer` adds one whose token ids are the 256 bytes. `overrides` are fields of the transformers configuration.
@@ -73,12 +73,12 @@ def _byte_of(letter: str) -> int:
 
 
 def _save(path: Path, arch: str, shards: int, older_config: bool, dtype: str, overrides: dict[str, Any]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
-    configs: dict[str, Any] = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
-    config_class, model_class = configs[arch]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **overrides})
     torch.manual_seed(20_240_607)
-    model = model_class(config_class(**{**SIZES, **overrides})).to(getattr(torch, dtype))
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(getattr(torch, dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts with weights so small that attention hardly matters, biases 0 and norms 1.
@@ -112,6 +112,7 @@ def _downgrade(path: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
     (path / "config.json").write_text(json.dumps(config))
 
 

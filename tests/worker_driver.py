@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from pd.messages import Admit, CopyBlock, StepDone, StepOrder
+from pd.models.dense import DENSE_ARCHITECTURES
 from pd.models.info import check_model
 from pd.runner.kv_pool import KvPool, allocate_region
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.worker import Worker
 from pd.types import BlockShape, ModelInfo, SamplingParams
 
-BUILDERS = {"LlamaForCausalLM": "pd.models.llama:build", "Qwen2ForCausalLM": "pd.models.llama:build"}
+BUILDERS = dict.fromkeys(DENSE_ARCHITECTURES, "pd.models.llama:build")
 GREEDY = SamplingParams(temperature=0.0, logprobs=True)
 
 

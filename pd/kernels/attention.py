@@ -54,10 +54,10 @@ class AttentionBatch:
     prompts: tuple[PromptSpan, ...]
 
 
-def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int = 0) -> torch.Tensor:
     """q [T, Hq, D] -> [T, Hq * D] in q's dtype. Scores and softmax in float32. Query head h reads kv head h // G.
 
-    Every token attends to its own request's positions up to its own. What lies in a block beyond a request's tokens
-    never matters, NaN included.
+    Every token attends to its own request's positions up to its own, with a `window` > 0 to the last `window` of these.
+    What lies in a block beyond a request's tokens never matters, NaN included.
     """
-    return reference.paged_attention(q, kv, batch, scale)
+    return reference.paged_attention(q, kv, batch, scale, window)

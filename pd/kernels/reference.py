@@ -8,6 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan
+    from pd.kernels.rope import QkNorm
 
 #: Most float32 scores that one tile of prompt attention materialises: 4 MiB stay in the cache (measured: twice as fast
 #: as one tile of 32 MiB, and as fast as torch's fused attention).
@@ -32,19 +33,25 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def rope_tables(positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    positions: torch.Tensor, inverse_frequencies: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     angles = positions.float()[:, None] * inverse_frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rope_write_kv(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch, norm: QkNorm | None
 ) -> torch.Tensor:
     tokens = qkv.shape[0]
     kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
     heads = qkv.view(tokens, -1, head_dim)
     v = heads[:, -kv_heads:]
-    first, second = heads[:, :-kv_heads].float().chunk(2, dim=-1)
+    qk = heads[:, :-kv_heads]
+    if norm is not None:
+        q, k = qk[:, :-kv_heads], qk[:, -kv_heads:]
+        qk = torch.cat((rms_norm(q, norm.q, norm.eps), rms_norm(k, norm.k, norm.eps)), dim=1)
+    first, second = qk.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
     kv.k[batch.blocks, :, batch.offsets] = rotated[:, -kv_heads:]
@@ -52,12 +59,13 @@ def rope_write_kv(
     return rotated[:, :-kv_heads]
 
 
-def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float) -> torch.Tensor:
+def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int) -> torch.Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for group in batch.decode:
-        out[group.rows] = _decode(q[group.rows], kv, group, scale).to(q.dtype)
+        out[group.rows] = _decode(q[group.rows], kv, group, scale, window).to(q.dtype)
     for span in batch.prompts:
-        _prompt(q[span.start : span.start + span.count], out[span.start : span.start + span.count], kv, span, scale)
+        part = slice(span.start, span.start + span.count)
+        _prompt(q[part], out[part], kv, span, scale, window)
     return out.flatten(1)
 
 
@@ -78,36 +86,64 @@ def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     return rows.index_select(0, index.flatten()).view(tables.shape[0], heads, -1, head_dim)
 
 
-def _decode(q: torch.Tensor, kv: LayerKv, group: DecodeGroup, scale: float) -> torch.Tensor:
+def _decode(q: torch.Tensor, kv: LayerKv, group: DecodeGroup, scale: float, window: int) -> torch.Tensor:
     """q [B, Hq, D] -> float32 [B, Hq, D]."""
-    k, v = _gather(kv.k, group.tables).float(), _gather(kv.v, group.tables).float()
+    tables, first = _in_window(group, kv.k.shape[2], window)
+    k, v = _gather(kv.k, tables).float(), _gather(kv.v, tables).float()
     rows, kv_heads, length, head_dim = k.shape
     grouped = (q.float() * scale).reshape(rows, kv_heads, -1, head_dim)
-    beyond = torch.arange(length, device=q.device)[None] >= group.lengths[:, None]
-    scores = (grouped @ k.transpose(2, 3)).masked_fill_(beyond[:, None, None], float("-inf"))
+    positions = first[:, None] + torch.arange(length, device=q.device)
+    unseen = positions >= group.lengths[:, None]
+    if window:
+        unseen |= positions < group.lengths[:, None] - window
+    scores = (grouped @ k.transpose(2, 3)).masked_fill_(unseen[:, None, None], float("-inf"))
     weights = scores.softmax(-1)
     out = weights @ v
     if out.isnan().any():  # 0 * NaN: what lies beyond a row's tokens may be anything. Rare, so cleared only then.
-        out = weights @ v.masked_fill(beyond[:, None, :, None], 0.0)
+        out = weights @ v.masked_fill(unseen[:, None, :, None], 0.0)
     return out.reshape(q.shape)
 
 
-def _prompt(q: torch.Tensor, out: torch.Tensor, kv: LayerKv, span: PromptSpan, scale: float) -> None:
+def _in_window(group: DecodeGroup, tokens: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of each row's table that it attends to, all rows' equally long, and the position where it begins."""
+    width = group.tables.shape[1]
+    most = (window + tokens - 2) // tokens + 1  # blocks that a window touches
+    if not window or most >= width:
+        return group.tables, torch.zeros_like(group.lengths)
+    begin = (group.lengths - window).clamp_(min=0) // tokens
+    index = begin[:, None] + torch.arange(most, device=begin.device)
+    return group.tables.gather(1, index.clamp_(max=width - 1)), begin * tokens
+
+
+def _prompt(q: torch.Tensor, out: torch.Tensor, kv: LayerKv, span: PromptSpan, scale: float, window: int) -> None:
     """q, out [n, Hq, D]: the last n of the span's `context` tokens, tile by tile of queries."""
-    table = span.table[None]
-    k = _gather(kv.k, table)[0, :, : span.context].float()
-    v = _gather(kv.v, table)[0, :, : span.context].float()
-    kv_heads, _, head_dim = k.shape
     count, heads = q.shape[:2]
-    tile = max(1, _SCORES_PER_TILE // (heads * span.context))
+    before = span.context - count  # the first query's position
+    block_tokens = kv.k.shape[2]
+    skipped = max(0, before + 1 - window) // block_tokens if window else 0  # blocks that no query sees
+    base = skipped * block_tokens
+    table = span.table[None, skipped:]
+    k = _gather(kv.k, table)[0, :, : span.context - base].float()
+    v = _gather(kv.v, table)[0, :, : span.context - base].float()
+    kv_heads, _, head_dim = k.shape
+    tile = max(1, _SCORES_PER_TILE // (heads * (span.context - base)))
     for begin in range(0, count, tile):
         size = min(tile, count - begin)
-        end = span.context - count + begin + size  # keys that this tile's last query sees
+        end = before + begin + size - base  # keys from 0 to here are seen by this tile's last query
+        low = max(0, end - size + 1 - window) if window else 0  # the first that its first query sees
         part = q[begin : begin + size].float() * scale
         part = part.view(size, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        scores = (part @ k[:, :end].transpose(1, 2)).view(kv_heads, -1, size, end)
-        later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1)
-        scores[..., end - size :].masked_fill_(later, float("-inf"))
-        mixed = scores.softmax(-1).view(kv_heads, -1, end) @ v[:, :end]
+        scores = (part @ k[:, low:end].transpose(1, 2)).view(kv_heads, -1, size, end - low)
+        # Without a window only the last `size` keys are later than some query.
+        masked = scores if window else scores[..., -size:]
+        masked.masked_fill_(_unseen(size, masked.shape[-1], window, q.device), float("-inf"))
+        mixed = scores.softmax(-1).view(kv_heads, -1, end - low) @ v[:, low:end]
         mixed = mixed.view(kv_heads, -1, size, head_dim).permute(2, 0, 1, 3)
         out[begin : begin + size] = mixed.reshape(size, heads, head_dim).to(out.dtype)
+
+
+def _unseen(queries: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool[queries, keys]: the last query is the last key's; none sees a later key, or one `window` or more before."""
+    whole = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    unseen = whole.triu(keys - queries + 1)
+    return unseen | whole.tril(keys - queries - window) if window else unseen

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from pd.kernels import reference
 from pd.kernels.attention import AttentionBatch, LayerKv
 
 
-def rope_tables(positions: torch.Tensor, inverse_frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions int64[T], inverse_frequencies float32[D/2] -> (cos, sin), float32[T, D/2]; once per step."""
-    return reference.rope_tables(positions, inverse_frequencies)
+class QkNorm(NamedTuple):
+    """RMS norms of queries and keys over each head: weights [D]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
+
+
+def rope_tables(
+    positions: torch.Tensor, inverse_frequencies: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """positions int64[T], inverse_frequencies float32[D/2] -> (cos, sin), float32[T, D/2]; once per step.
+
+    Both are multiplied by `scale` (YaRN's attention factor).
+    """
+    return reference.rope_tables(positions, inverse_frequencies, scale)
 
 
 def rope_write_kv(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv: LayerKv,
+    batch: AttentionBatch,
+    norm: QkNorm | None = None,
 ) -> torch.Tensor:
-    """Rotate q and k of each token, store k and v at the token's slot, return q.
+    """Normalise (with `norm`) and rotate q and k of each token, store k and v at the token's slot, return q.
 
     qkv [T, (Hq + 2 Hkv) * D] is the fused projection's output (q heads, k heads, v heads); returns q [T, Hq, D].
     Rotation is done in float32, halves apart (as in transformers' rotate_half), and stored in the cache's dtype.
     """
-    return reference.rope_write_kv(qkv, cos, sin, kv, batch)
+    return reference.rope_write_kv(qkv, cos, sin, kv, batch, norm)

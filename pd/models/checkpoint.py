@@ -78,6 +78,11 @@ def read_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, tensors, files)
 
 
+def shards(path: str) -> list[str]:
+    """The files that the index names. Raises ModelError."""
+    return sorted(set(_weight_map(path).values()))
+
+
 def _weight_map(path: str) -> dict[str, str]:
     mapping = read_json(path, INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:

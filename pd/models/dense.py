@@ -1,8 +1,4 @@
-"""The configuration of dense decoders (Llama, Qwen2) and the tensors that it implies. No torch.
-
-`config.json` is read in both spellings of RoPE: `rope_parameters` (transformers 5) and `rope_theta` with
-`rope_scaling` (earlier).
-"""
+"""The configuration of dense decoders (Llama, Mistral, Qwen2, Qwen3) and the tensors that it implies. No torch."""
 
 from __future__ import annotations
 
@@ -11,25 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from pd.errors import ModelError
+from pd.models.guard import MODEL_TYPES, refuse_unsupported
+from pd.models.rope import RopeConfig, rope_config
 
-ROPE_TYPES = ("default", "linear", "llama3")
+#: Architectures whose configuration and tensors are known here, so that both are checked up front.
+DENSE_ARCHITECTURES = frozenset(MODEL_TYPES)
 
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """`kind` is one of ROPE_TYPES; `factor` divides frequencies (linear), the rest is Llama 3.1's interpolation."""
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+#: What transformers assumes where config.json lacks the field, as far as it differs from the fields' own defaults.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "Qwen3ForCausalLM": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """Everything that the dense decoder's computation depends on."""
+    """Everything that the dense decoder's computation depends on.
+
+    `windows`: for each layer the number of tokens, its own included, that a token attends to at most; 0 means all.
+    `qk_norm`: queries and keys are normalised, head by head, before they are rotated.
+    """
 
     architecture: str
     vocab_size: int
@@ -46,11 +51,15 @@ class DenseConfig:
     out_bias: bool
     mlp_bias: bool
     tied: bool
+    windows: tuple[int, ...]
+    qk_norm: bool
 
 
 def dense_config(path: str, raw: Mapping[str, Any]) -> DenseConfig:
-    """Parse config.json of a Llama or Qwen2 model. Raises ModelError naming the field that cannot be served."""
+    """Parse config.json of one of DENSE_ARCHITECTURES. Raises ModelError naming the field that cannot be served."""
     architecture = str((raw.get("architectures") or [""])[0])
+    raw = {**_ABSENT[architecture], **raw}
+    refuse_unsupported(path, architecture, raw)
     heads = count(path, raw, "num_attention_heads")
     hidden = count(path, raw, "hidden_size")
     kv_heads = count(path, raw, "num_key_value_heads", heads)
@@ -59,10 +68,10 @@ def dense_config(path: str, raw: Mapping[str, Any]) -> DenseConfig:
         raise ModelError(path, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if head_dim % 2:
         raise ModelError(path, f"head_dim {head_dim} is odd")
-    _refuse_unsupported(path, raw)
     qwen2 = architecture == "Qwen2ForCausalLM"
     bias = bool(raw.get("attention_bias", False))
     context = count(path, raw, "max_position_embeddings")
+    rope = rope_config(path, raw, context)
     return DenseConfig(
         architecture=architecture,
         vocab_size=count(path, raw, "vocab_size"),
@@ -72,14 +81,52 @@ def dense_config(path: str, raw: Mapping[str, Any]) -> DenseConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        context_length=context,
+        context_length=max(context, rope.reach),
         rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        rope=_rope(path, raw, context),
+        rope=rope,
         qkv_bias=qwen2 or bias,
         out_bias=bias and not qwen2,
-        mlp_bias=bool(raw.get("mlp_bias", False)) and not qwen2,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
         tied=bool(raw.get("tie_word_embeddings", False)),
+        windows=_windows(path, architecture, raw),
+        qk_norm=architecture == "Qwen3ForCausalLM",
     )
+
+
+def _windows(path: str, architecture: str, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Each layer's window. `layer_types` names the layers that have one; without it Mistral's are all of them, and
+
+    Qwen's, under `use_sliding_window`, those from `max_window_layers` on.
+    """
+    layers = count(path, raw, "num_hidden_layers")
+    types = raw.get("layer_types")
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
+        raise ModelError(path, f"config.json: layer_types must name the {layers} layers, not {types!r}")
+    other = sorted(str(kind) for kind in types or () if kind not in (FULL, SLIDING))
+    if other:
+        raise ModelError(path, f"config.json: layer_types: {other[0]!r} is not supported (only {FULL}, {SLIDING})")
+    qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    used = bool(raw.get("use_sliding_window")) if qwen else architecture == "MistralForCausalLM"
+    window = 0 if not used or raw.get("sliding_window") is None else count(path, raw, "sliding_window")
+    if not used and not qwen:
+        for field in ("sliding_window", "use_sliding_window"):
+            if raw.get(field):
+                raise ModelError(path, f"config.json: {field}: {architecture} has no sliding-window attention")
+    if types is None:
+        first = _first_windowed(path, raw) if qwen else 0
+        return tuple(window if layer >= first else 0 for layer in range(layers))
+    if SLIDING in types and not window:
+        raise ModelError(
+            path, "config.json: layer_types names sliding-window attention, but no sliding_window is in use"
+        )
+    return tuple(window if kind == SLIDING else 0 for kind in types)
+
+
+def _first_windowed(path: str, raw: Mapping[str, Any]) -> int:
+    first = raw.get("max_window_layers")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+        raise ModelError(path, f"config.json: max_window_layers must be a whole number, not {first!r}")
+    return first
 
 
 def expected_tensors(config: DenseConfig) -> dict[str, tuple[int, ...]]:
@@ -109,6 +156,8 @@ def expected_tensors(config: DenseConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
     return shapes
 
 
@@ -125,39 +174,3 @@ def count(path: str, raw: Mapping[str, Any], field: str, default: int | None = N
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(path, f"config.json: {field} must be a positive integer, not {value!r}")
     return value
-
-
-def _refuse_unsupported(path: str, raw: Mapping[str, Any]) -> None:
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ModelError(path, f"config.json: hidden_act {activation!r} is not supported (only silu)")
-    if raw.get("quantization_config"):
-        raise ModelError(path, "config.json: quantization_config: quantised weights are not supported")
-    layer_types = set(raw.get("layer_types") or ())
-    if layer_types - {"full_attention"} or (raw.get("use_sliding_window") and not layer_types):
-        raise ModelError(path, "config.json: sliding-window attention is not supported")
-
-
-def _rope(path: str, raw: Mapping[str, Any], context: int) -> RopeConfig:
-    newer = raw.get("rope_parameters")
-    fields: dict[str, Any] = dict(newer if newer is not None else raw.get("rope_scaling") or {})
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise ModelError(path, f"config.json: rope type {kind!r} is not supported (only {', '.join(ROPE_TYPES)})")
-    partial = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ModelError(path, f"config.json: partial_rotary_factor {partial!r} is not supported (only 1)")
-    theta = fields.get("rope_theta", raw.get("rope_theta"))
-    try:
-        return RopeConfig(
-            theta=float(10_000.0 if theta is None else theta),
-            kind=kind,
-            factor=1.0 if kind == "default" else float(fields["factor"]),
-            low_freq_factor=float(fields["low_freq_factor"]) if kind == "llama3" else 1.0,
-            high_freq_factor=float(fields["high_freq_factor"]) if kind == "llama3" else 4.0,
-            original_context=int(fields.get("original_max_position_embeddings") or context),
-        )
-    except KeyError as missing:
-        raise ModelError(path, f"config.json: rope type {kind!r} needs {missing.args[0]!r}") from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(path, f"config.json: RoPE parameters: {error}") from error

@@ -8,17 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from pd.errors import ModelError
 from pd.models.checkpoint import Checkpoint, read_checkpoint, read_json
-from pd.models.dense import DenseConfig, count, dense_config, expected_tensors, ignorable
+from pd.models.dense import DENSE_ARCHITECTURES, DenseConfig, count, dense_config, expected_tensors, ignorable
 from pd.types import ModelInfo
 
-#: Architectures whose tensors are known here, so that shapes are checked up front.
-DENSE_ARCHITECTURES = frozenset({"LlamaForCausalLM", "Qwen2ForCausalLM"})
 DTYPES = ("float32", "float16", "bfloat16")
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -43,33 +42,61 @@ def check_model(
     tokenizer.json as well. Raises ModelError for anything that would make serving fail later.
     """
     if not os.path.isdir(path):
-        raise ModelError(path, "no such directory (pd serves local model directories)")
+        raise ModelError(path, "no such directory, and no hub id either (ORG/NAME)")
     raw = read_json(path, "config.json")
-    architecture = _architecture(path, raw, supported)
+    architecture, shape = check_config(path, raw, supported)
     checkpoint = read_checkpoint(path)
-    if architecture in DENSE_ARCHITECTURES:
-        check_tensors(checkpoint, dense_config(path, raw))
+    if isinstance(shape, DenseConfig):
+        check_tensors(checkpoint, shape)
     if tokenizer and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
         raise ModelError(path, f"{TOKENIZER_FILE} is missing (other tokenizer formats are not read)")
-    longest = count(path, raw, "max_position_embeddings")
-    if context_length > longest:
-        raise ModelError(path, f"--context-length {context_length} exceeds the model's {longest}")
-    heads, hidden = count(path, raw, "num_attention_heads"), count(path, raw, "hidden_size")
+    if context_length > shape.context_length:
+        raise ModelError(path, f"--context-length {context_length} exceeds the model's {shape.context_length}")
     resolved = resolve_dtype(path, dtype, raw, checkpoint)
     return ModelInfo(
         name=name or path,
         path=path,
         architecture=architecture,
+        vocab_size=shape.vocab_size,
+        context_length=context_length or shape.context_length,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        dtype=resolved,
+        eos_token_ids=eos_token_ids(path, raw),
+        fingerprint=fingerprint(raw, checkpoint, resolved),
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What serving needs to know of an architecture that only a plugin's builder can read."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+
+
+def check_config(path: str, raw: Mapping[str, Any], supported: Collection[str]) -> tuple[str, DenseConfig | _Shape]:
+    """The architecture that config.json names, and its sizes. Raises ModelError for what cannot be served."""
+    architecture = _architecture(path, raw, supported)
+    if architecture in DENSE_ARCHITECTURES:
+        return architecture, dense_config(path, raw)
+    heads, hidden = count(path, raw, "num_attention_heads"), count(path, raw, "hidden_size")
+    return architecture, _Shape(
         vocab_size=count(path, raw, "vocab_size"),
-        context_length=context_length or longest,
+        hidden_size=hidden,
         num_layers=count(path, raw, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=count(path, raw, "num_key_value_heads", heads),
         head_dim=count(path, raw, "head_dim", hidden // heads),
-        hidden_size=hidden,
-        dtype=resolved,
-        eos_token_ids=eos_token_ids(path, raw),
-        fingerprint=fingerprint(raw, checkpoint, resolved),
+        context_length=count(path, raw, "max_position_embeddings"),
     )
 
 

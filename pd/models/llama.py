@@ -1,6 +1,7 @@
-"""One dense decoder for Llama and Qwen2/2.5: RMS norm, rotary grouped-query attention, gated SiLU MLP.
+"""One dense decoder for Llama, Mistral, Qwen2/2.5 and Qwen3: RMS norm, rotary grouped-query attention, gated SiLU MLP.
 
-Projections of q, k, v and of gate, up are fused at load. Qwen2 differs by the biases of q, k and v only.
+Projections of q, k, v and of gate, up are fused at load. The others differ from Llama by little: Mistral by windows of
+attention, Qwen2 by the biases of q, k and v and by windows in some layers, Qwen3 by norms of q and k and the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from pd.kernels.activation import silu_mul
 from pd.kernels.attention import AttentionBatch, LayerKv, paged_attention
 from pd.kernels.norm import add_rms_norm, rms_norm
-from pd.kernels.rope import rope_tables, rope_write_kv
+from pd.kernels.rope import QkNorm, rope_tables, rope_write_kv
 from pd.models.dense import DenseConfig, dense_config, expected_tensors
 from pd.models.layers import Linear, inverse_frequencies
 from pd.models.registry import Weights
@@ -29,6 +30,8 @@ class DecoderLayer:
     mlp_norm: torch.Tensor
     gate_up: Linear
     down: Linear
+    qk_norm: QkNorm | None
+    window: int  # tokens that one attends to at most; 0: all
 
 
 class DenseDecoder:
@@ -49,13 +52,13 @@ class DenseDecoder:
 
     def forward(self, tokens: torch.Tensor, batch: AttentionBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
         eps = self.config.rms_eps
-        cos, sin = rope_tables(batch.positions, self._frequencies)
+        cos, sin = rope_tables(batch.positions, self._frequencies, self.config.rope.attention_factor)
         residual = torch.nn.functional.embedding(tokens, self._embedding)
         normed = rms_norm(residual, self._layers[0].attention_norm, eps)
         following = [layer.attention_norm for layer in self._layers[1:]] + [self._norm]
         for layer, layer_kv, next_norm in zip(self._layers, kv, following, strict=True):
-            q = rope_write_kv(layer.qkv(normed), cos, sin, layer_kv, batch)
-            mixed = layer.out(paged_attention(q, layer_kv, batch, self._scale))
+            q = rope_write_kv(layer.qkv(normed), cos, sin, layer_kv, batch, layer.qk_norm)
+            mixed = layer.out(paged_attention(q, layer_kv, batch, self._scale, layer.window))
             normed, residual = add_rms_norm(mixed, residual, layer.mlp_norm, eps)
             mixed = layer.down(silu_mul(layer.gate_up(normed)))
             normed, residual = add_rms_norm(mixed, residual, next_norm, eps)
@@ -66,7 +69,7 @@ class DenseDecoder:
 
 
 def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDecoder:
-    """`pd.models.registry.Builder` for LlamaForCausalLM and Qwen2ForCausalLM."""
+    """`pd.models.registry.Builder` for every architecture of `pd.models.dense`."""
     config = dense_config(info.path, raw)
     shapes = expected_tensors(config)
 
@@ -80,6 +83,11 @@ def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDec
         biased = parts[0] in shapes
         return Linear(weight, weights.stack(parts, [shapes[part] for part in parts]) if biased else None)
 
+    def qk_norm(attention: str) -> QkNorm | None:
+        if not config.qk_norm:
+            return None
+        return QkNorm(take(attention + "q_norm.weight"), take(attention + "k_norm.weight"), config.rms_eps)
+
     layers = []
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
@@ -92,6 +100,8 @@ def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDec
                 mlp_norm=take(prefix + "post_attention_layernorm.weight"),
                 gate_up=linear(mlp + "gate_proj", mlp + "up_proj"),
                 down=linear(mlp + "down_proj"),
+                qk_norm=qk_norm(attention),
+                window=config.windows[index],
             )
         )
     embedding = take("model.embed_tokens.weight")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pd import hookimpl
 from pd.hookspecs import RegisterModel
+from pd.models.dense import DENSE_ARCHITECTURES
 
 
 @hookimpl
 def pd_register_models(register: RegisterModel) -> None:
-    register("LlamaForCausalLM", "pd.models.llama:build")
-    register("Qwen2ForCausalLM", "pd.models.llama:build")
+    for architecture in sorted(DENSE_ARCHITECTURES):
+        register(architecture, "pd.models.llama:build")

@@ -84,6 +84,10 @@ def test_the_settings_tables_are_those_of_the_settings() -> None:
     assert update_readme(README) == README, "run: python -m pd.settings --write README.md"
 
 
+def test_every_architecture_is_in_the_table_of_models() -> None:
+    assert sorted(first_cells(section("Models"))) == sorted(load_plugins().models())
+
+
 def test_every_path_is_documented_for_where_it_is() -> None:
     rows = re.findall(r"^\| (`/.*?) \| ([A-Z, ]+) \| (\w+) \|", section("HTTP"), re.MULTILINE)
     documented: dict[str, set[str]] = {"router": set(), "instance": set()}

@@ -11,7 +11,7 @@ from pd.kernels import reference
 from pd.kernels.activation import silu_mul
 from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan, paged_attention
 from pd.kernels.norm import add_rms_norm, rms_norm
-from pd.kernels.rope import rope_tables, rope_write_kv
+from pd.kernels.rope import QkNorm, rope_tables, rope_write_kv
 
 KV_HEADS, LAYERS, HEAD_DIM = 2, 3, 8
 
@@ -21,28 +21,30 @@ def pool(blocks: int, tokens: int, fill: float) -> list[LayerKv]:
     return [LayerKv(whole[:, :, layer, 0], whole[:, :, layer, 1]) for layer in range(LAYERS)]
 
 
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
     """One request, one query at a time: q [n, Hq, D] are the last n of k, v [L, Hkv, D]'s positions."""
     count, heads, head_dim = q.shape
     out = torch.empty(count, heads, head_dim, dtype=torch.float64)
     for row in range(count):
-        seen = k.shape[0] - count + row + 1
+        last = k.shape[0] - count + row + 1
+        seen = slice(max(0, last - window) if window else 0, last)
         for head in range(heads):
             group = head // (heads // k.shape[1])
-            weights = (k[:seen, group].double() @ q[row, head].double() * scale).softmax(0)
-            out[row, head] = weights @ v[:seen, group].double()
+            weights = (k[seen, group].double() @ q[row, head].double() * scale).softmax(0)
+            out[row, head] = weights @ v[seen, group].double()
     return out.flatten(1)
 
 
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), 1e30, 0.0])
 @pytest.mark.parametrize("block_tokens", [4, 16])
-def test_paged_attention_sees_exactly_its_own_requests_tokens(fill: float, block_tokens: int) -> None:
+@pytest.mark.parametrize("window", [0, 1, 6, 13, 40])
+def test_paged_attention_sees_exactly_its_own_requests_tokens(fill: float, block_tokens: int, window: int) -> None:
     """Prompt chunks and decode rows in one batch; whatever else lies in the pool has no effect."""
     torch.manual_seed(3)
-    spans = [(5, 5), (1, 9), (1, 17), (6, 19), (1, 3)]  # tokens in this step, context with them
-    layers = pool(40, block_tokens, fill)
+    spans = [(5, 5), (1, 9), (1, 17), (6, 19), (1, 3), (1, 31), (30, 47)]  # tokens in this step, context with them
+    layers = pool(60, block_tokens, fill)
     kv = layers[1]
-    free = iter(torch.randperm(39).add(1).tolist())
+    free = iter(torch.randperm(59).add(1).tolist())
     queries, expected, decode, prompts, start = [], [], [], [], 0
     for count, context in spans:
         table = torch.tensor([next(free) for _ in range(math.ceil(context / block_tokens))])
@@ -52,7 +54,7 @@ def test_paged_attention_sees_exactly_its_own_requests_tokens(fill: float, block
             kv.v[table[position // block_tokens], :, position % block_tokens] = v[position]
         q = torch.randn(count, 2 * KV_HEADS, HEAD_DIM)
         queries.append(q)
-        expected.append(dense_attention(q, k, v, 0.3))
+        expected.append(dense_attention(q, k, v, 0.3, window))
         if count == 1:
             decode.append((start, table, context))
         else:
@@ -66,11 +68,12 @@ def test_paged_attention_sees_exactly_its_own_requests_tokens(fill: float, block
     )
     unused = torch.empty(0, dtype=torch.int64)
     batch = AttentionBatch(unused, unused, unused, (group,), tuple(prompts))
-    out = paged_attention(torch.cat(queries), kv, batch, 0.3)
+    out = paged_attention(torch.cat(queries), kv, batch, 0.3, window)
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
-def test_prompt_attention_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [0, 5, 30])
+def test_prompt_attention_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch, window: int) -> None:
     torch.manual_seed(4)
     kv = pool(12, 8, 0.0)[0]
     kv.k.normal_()
@@ -79,9 +82,9 @@ def test_prompt_attention_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch) 
     span = PromptSpan(0, 50, 70, torch.arange(1, 10))
     batch = AttentionBatch(unused, unused, unused, (), (span,))
     q = torch.randn(50, 4, HEAD_DIM)
-    whole = paged_attention(q, kv, batch, 0.2)
+    whole = paged_attention(q, kv, batch, 0.2, window)
     monkeypatch.setattr(reference, "_SCORES_PER_TILE", 4 * 70 * 7)
-    torch.testing.assert_close(paged_attention(q, kv, batch, 0.2), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(paged_attention(q, kv, batch, 0.2, window), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_gather_works_for_any_strides() -> None:
@@ -117,6 +120,25 @@ def test_rope_rotates_and_writes_each_token_to_its_slot() -> None:
         torch.testing.assert_close(kv.k[block, :, offset], expected[row, 4:], atol=2e-5, rtol=1e-5)
         assert torch.equal(kv.v[block, :, offset], heads[row, 6:])
     assert (kv.k != before).any(-1).sum() == 3 * KV_HEADS
+
+
+def test_queries_and_keys_are_normalised_head_by_head_before_they_are_rotated() -> None:
+    torch.manual_seed(8)
+    normed, plain = pool(2, 4, 0.0)[0], pool(2, 4, 0.0)[0]
+    batch = AttentionBatch(torch.tensor([3, 70]), torch.tensor([1, 1]), torch.tensor([0, 2]), (), ())
+    tables = rope_tables(batch.positions, torch.tensor([1.0, 0.1, 0.01, 0.001]), 1.5)
+    qkv = torch.randn(2, (4 + 2 * KV_HEADS) * HEAD_DIM)
+    weights = torch.randn(2, HEAD_DIM)
+    q = rope_write_kv(qkv, *tables, normed, batch, QkNorm(weights[0], weights[1], 1e-5))
+    heads = qkv.view(2, -1, HEAD_DIM).double()
+    heads[:, :6] /= (heads[:, :6].square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    heads[:, :4] *= weights[0]
+    heads[:, 4:6] *= weights[1]
+    expected = rope_write_kv(heads.float().flatten(1), *tables, plain, batch)
+    torch.testing.assert_close(q, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normed.k, plain.k, atol=1e-5, rtol=1e-5)
+    assert torch.equal(normed.v[1, :, 2], qkv.view(2, -1, HEAD_DIM)[1, 6:])
+    assert q.square().sum(-1).allclose((heads[:, :4].float() * 1.5).square().sum(-1))  # rotated, and scaled by 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

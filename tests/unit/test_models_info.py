@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from pd.errors import ModelError
-from pd.models.dense import RopeConfig, dense_config
-from pd.models.info import DENSE_ARCHITECTURES, check_model
+from pd.models.dense import DENSE_ARCHITECTURES, dense_config
+from pd.models.info import check_model
 from pd.models.registry import load_builder
+from pd.models.rope import RopeConfig
 from pd.plugins import load_plugins
 from tests.oracle import tiny_model
 
@@ -102,6 +103,19 @@ def test_an_index_that_promises_too_much_is_refused(copy_of: Callable[..., Path]
             },
             RopeConfig(5e5, "llama3", 8.0, 1.0, 3.0, 256),
         ),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 512,
+                "beta_fast": 16,
+                "attention_factor": 1.25,
+                "truncate": False,
+            },
+            RopeConfig(1e6, "yarn", 4.0, original_context=512, attention_factor=1.25, beta_fast=16.0, truncate=False),
+        ),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, RopeConfig(1e4, original_context=1024)),
     ],
 )
 def test_both_spellings_of_rope_mean_the_same(
@@ -115,6 +129,43 @@ def test_both_spellings_of_rope_mean_the_same(
     assert [dense_config("m", raw).rope for raw in (newer, older, oldest)] == [expected] * 3
 
 
+def test_yarn_reaches_as_far_as_it_stretches_where_the_config_keeps_the_trained_length(
+    copy_of: Callable[..., Path],
+) -> None:
+    """As Qwen2.5's model card has it: max_position_embeddings is what the model was trained with."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    path = copy_of("qwen2", {"rope_scaling": yarn, "rope_parameters": "absent", "rope_theta": 1e4})
+    assert check_model(str(path)).context_length == 4096
+    assert check_model(str(path), context_length=4000).context_length == 4000
+    assert check_model(str(copy_of("qwen2", {"rope_scaling": yarn | {"factor": 0.5}}))).context_length == 1024
+
+
+def test_windows_are_those_of_the_layers_that_have_one(copy_of: Callable[..., Path]) -> None:
+    qwen = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": "absent"}
+    full, sliding = "full_attention", "sliding_attention"
+    for arch, edit, expected in (
+        ("llama", {}, (0, 0, 0)),
+        ("llama", {"layer_types": [full] * 3, "sliding_window": None}, (0, 0, 0)),
+        ("mistral", {"sliding_window": 8}, (8, 8, 8)),
+        ("mistral", {"sliding_window": None}, (0, 0, 0)),
+        ("mistral", {"sliding_window": "absent"}, (4096,) * 3),  # transformers' default
+        ("mistral", {"sliding_window": 8, "layer_types": [sliding, full, sliding]}, (8, 0, 8)),
+        ("qwen2", qwen, (0, 0, 8)),
+        ("qwen2", {**qwen, "max_window_layers": "absent"}, (0, 0, 0)),
+        ("qwen2", {**qwen, "use_sliding_window": False}, (0, 0, 0)),
+        ("qwen3", {**qwen, "layer_types": [sliding, full, full]}, (8, 0, 0)),
+        ("qwen3", {**qwen, "sliding_window": "absent"}, (0, 0, 4096)),
+    ):
+        raw = json.loads((copy_of(arch, edit) / "config.json").read_text())
+        assert dense_config("m", raw).windows == expected, (arch, edit)
+
+
+def test_a_head_may_be_wider_than_its_share_of_the_hidden_state(copy_of: Callable[..., Path]) -> None:
+    info = check_model(str(copy_of("qwen3", head_dim=32)))
+    assert (info.num_heads, info.head_dim, info.hidden_size) == (4, 32, 64)
+    assert check_model(str(copy_of("qwen3", {"head_dim": "absent"}, head_dim=128))).head_dim == 128
+
+
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
@@ -125,9 +176,34 @@ def test_both_spellings_of_rope_mean_the_same(
         ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
         ({"quantization_config": {"bits": 4}}, "quantised weights"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding-window"),
-        ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types must name the 3 layers"),
+        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "'linear_attention'"),
+        ({"use_sliding_window": True}, "use_sliding_window: LlamaForCausalLM has no sliding-window attention"),
+        ({"sliding_window": 8}, "sliding_window: LlamaForCausalLM has no sliding-window attention"),
+        ({"model_type": "ministral"}, "model_type 'ministral' is not LlamaForCausalLM's ('llama')"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"alibi": True}, "alibi True"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'"),
+        ({"logit_scale": 0.0625}, "logit_scale 0.0625"),
+        ({"logits_scaling": 8.0}, "logits_scaling 8.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier 0.22"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier 12.0"),
+        ({"attention_multiplier": 0.01}, "attention_multiplier 0.01"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar 256"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size 8192"),
+        ({"use_qk_norm": True}, "use_qk_norm True"),
+        ({"num_local_experts": 8}, "num_local_experts 8"),
+        ({"is_causal": False}, "is_causal False"),
+        ({"vision_config": {"depth": 2}}, "multimodal"),
+        ({"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation 'gelu_pytorch_tanh'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "needs 'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "needs 'factor'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "factor 0 is not a positive number"),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2]}}, "'mrope_section' in the RoPE"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "'full_attention' in the RoPE"),
+        ({"rope_parameters": "yarn"}, "must be an object"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "two"}}, "RoPE parameters"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
@@ -143,6 +219,42 @@ def test_what_cannot_be_served_is_refused_by_name(
     copy_of: Callable[..., Path], edit: dict[str, Any], problem: str
 ) -> None:
     assert problem in refusal(copy_of("llama", edit))
+
+
+@pytest.mark.parametrize(
+    ("arch", "edit", "problem"),
+    [
+        ("mistral", {"attention_bias": True}, "attention_bias is not supported for MistralForCausalLM"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias is not supported for Qwen3ForCausalLM"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a positive integer"),
+        ("mistral", {"sliding_window": "wide"}, "sliding_window must be a positive integer"),
+        ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": None, "layer_types": None}, "max_window_layers"),
+        ("qwen3", {"head_dim": 8}, "has shape"),
+        ("qwen2", {"use_mrope": True}, "use_mrope True"),
+    ],
+)
+def test_what_an_architecture_does_not_compute_is_refused_by_name(
+    copy_of: Callable[..., Path], arch: str, edit: dict[str, Any], problem: str
+) -> None:
+    assert problem in refusal(copy_of(arch, edit))
+
+
+def test_fields_that_change_nothing_are_no_hindrance(copy_of: Callable[..., Path]) -> None:
+    neutral = {
+        "logit_scale": 1.0,
+        "attn_logit_softcapping": None,
+        "alibi": False,
+        "num_experts": 0,
+        "attention_dropout": 0.1,
+        "pretraining_tp": 4,
+        "hidden_act": "swish",
+        "quantization_config": None,
+        "is_causal": True,
+        "unsloth_version": "1",
+    }
+    assert check_model(str(copy_of("llama", neutral))).architecture == "LlamaForCausalLM"
 
 
 def test_missing_and_damaged_files_are_refused(copy_of: Callable[..., Path], tmp_path: Path) -> None:

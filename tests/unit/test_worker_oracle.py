@@ -24,6 +24,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 50_000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+WINDOWED = {"arch": "mistral", "sliding_window": 24}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
     "qwen2": {"arch": "qwen2"},
@@ -41,6 +44,41 @@ MODELS: dict[str, dict[str, Any]] = {
     "biases-everywhere": {"arch": "llama", "attention_bias": True, "mlp_bias": True},
     "one-kv-head": {"arch": "llama", "num_key_value_heads": 1},
     "no-grouping": {"arch": "qwen2", "num_key_value_heads": 4},
+    "mistral": WINDOWED,
+    "mistral-older-config": {**WINDOWED, "older_config": True},
+    "mistral-without-window": {"arch": "mistral", "sliding_window": None, "head_dim": 32},
+    "mistral-own-token-only": {"arch": "mistral", "sliding_window": 1},
+    "mistral-some-layers": {**WINDOWED, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "qwen2-window": {"arch": "qwen2", **QWEN_WINDOW},
+    "qwen2-window-older-config": {"arch": "qwen2", **QWEN_WINDOW, "older_config": True},
+    "qwen2-window-unused": {"arch": "qwen2", "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
+    "qwen3": {"arch": "qwen3", "head_dim": 32},
+    "qwen3-tied-sharded-older-config": {
+        "arch": "qwen3",
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "shards": 2,
+        "older_config": True,
+    },
+    "qwen3-window-biases": {"arch": "qwen3", "head_dim": 16, "attention_bias": True, **QWEN_WINDOW},
+    "yarn": {"arch": "llama", "rope_parameters": YARN},
+    "yarn-older-config": {"arch": "qwen2", "rope_parameters": YARN, "older_config": True},
+    "yarn-own-attention-factor": {"arch": "qwen3", "rope_parameters": {**YARN, "attention_factor": 1.3}},
+    "yarn-mscale": {"arch": "llama", "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.2}},
+    "yarn-betas": {
+        "arch": "mistral",
+        "sliding_window": None,
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 8,
+            "beta_slow": 2,
+            "truncate": False,
+        },
+    },
+    "yarn-of-one-frequency": {"arch": "llama", "rope_parameters": {**YARN, "beta_fast": 2.5, "beta_slow": 2.5}},
+    "yarn-factor-from-lengths": {"arch": "llama", "rope_parameters": {**YARN, "factor": None}},
+    "dynamic-ntk": {"arch": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
 }
 
 
@@ -52,6 +90,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def llama(folder: Path) -> str:
     return tiny_model(folder, "llama")
+
+
+@pytest.fixture(params=["llama", "windowed"])
+def model(folder: Path, request: pytest.FixtureRequest) -> str:
+    """Attention to everything, and to less than what most prompts here have."""
+    return tiny_model(folder, **(WINDOWED if request.param == "windowed" else {"arch": "llama"}))
 
 
 def prompt_of(length: int, seed: int = 1) -> list[int]:
@@ -86,26 +130,26 @@ def test_every_kind_of_model_computes_what_transformers_computes(folder: Path, n
 
 @pytest.mark.parametrize("page_size", [4, 16, 32])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
-def test_neither_page_size_nor_chunks_change_a_result(llama: str, page_size: int, chunk: int) -> None:
-    driver = Driver(llama, page_size=page_size)
+def test_neither_page_size_nor_chunks_change_a_result(model: str, page_size: int, chunk: int) -> None:
+    driver = Driver(model, page_size=page_size)
     prompt = prompt_of(45)
     track = driver.admit(1, prompt, logprob_start=3)
     driver.generate(8, chunk=chunk)
     assert set(track.prompt_logprobs) == set(range(3, 45))
-    assert_matches(Oracle(llama), track, prompt, 8)
+    assert_matches(Oracle(model), track, prompt, 8)
 
 
-def test_a_long_prompt_stays_within_its_tolerance(llama: str) -> None:
-    driver = Driver(llama, page_size=32)
+def test_a_long_prompt_stays_within_its_tolerance(model: str) -> None:
+    driver = Driver(model, page_size=32)
     prompt = prompt_of(600)
     track = driver.admit(1, prompt, logprob_start=0)
     driver.generate(3, chunk=256)
-    assert_matches(Oracle(llama), track, prompt, 3, tolerance=1e-4)
+    assert_matches(Oracle(model), track, prompt, 3, tolerance=1e-4)
 
 
-def test_prompts_and_decodes_of_many_requests_share_a_step(llama: str) -> None:
+def test_prompts_and_decodes_of_many_requests_share_a_step(model: str) -> None:
     """Requests arrive while others decode; contexts differ by an order of magnitude, so decode rows form groups."""
-    driver = Driver(llama, page_size=4, num_blocks=600)
+    driver = Driver(model, page_size=4, num_blocks=600)
     lengths = [3, 150, 8, 17, 1, 64, 33, 90]
     prompts = {key: prompt_of(length, key) for key, length in enumerate(lengths)}
     waiting = list(prompts)
@@ -115,11 +159,11 @@ def test_prompts_and_decodes_of_many_requests_share_a_step(llama: str) -> None:
         live = [track for track in driver.tracks.values() if len(track.emitted) < 10]
         driver.step({track.key: min(40, len(track.tokens) - track.computed) for track in live})
     for key, prompt in prompts.items():
-        assert_matches(Oracle(llama), driver.tracks[key], prompt, 10)
+        assert_matches(Oracle(model), driver.tracks[key], prompt, 10)
 
 
-def test_a_shared_prefix_is_read_and_not_computed_again(llama: str) -> None:
-    driver = Driver(llama, page_size=16)
+def test_a_shared_prefix_is_read_and_not_computed_again(model: str) -> None:
+    driver = Driver(model, page_size=16)
     prefix = prompt_of(48)
     first = driver.admit(1, prefix + prompt_of(5, 8))
     driver.generate(4)
@@ -130,37 +174,37 @@ def test_a_shared_prefix_is_read_and_not_computed_again(llama: str) -> None:
     driver.step({1: 1, 2: 9})
     driver.generate(6)
     assert torch.equal(before, driver.pool.tensor[first.blocks[:3]])
-    assert_matches(Oracle(llama), second, prefix + tail, 6)
+    assert_matches(Oracle(model), second, prefix + tail, 6)
 
 
-def test_a_replay_continues_where_the_emitted_tokens_end(llama: str) -> None:
+def test_a_replay_continues_where_the_emitted_tokens_end(model: str) -> None:
     prompt = prompt_of(20)
-    once = Driver(llama)
+    once = Driver(model)
     once.admit(1, prompt)
     once.generate(10)
-    again = Driver(llama)
+    again = Driver(model)
     track = again.admit(1, prompt + once.tracks[1].emitted[:6], prompt_len=20, epoch=2)
     again.generate(4)
     assert track.emitted == once.tracks[1].emitted[6:]
     assert track.logprobs == pytest.approx(once.tracks[1].logprobs[6:], abs=1e-5)
 
 
-def test_a_decode_instance_continues_from_blocks_it_did_not_compute(llama: str) -> None:
+def test_a_decode_instance_continues_from_blocks_it_did_not_compute(model: str) -> None:
     """What a hand-off does: blocks copied between pools, admitted with the first token known."""
     prompt = prompt_of(37)
-    prefill, decode = Driver(llama), Driver(llama)
+    prefill, decode = Driver(model), Driver(model)
     track = prefill.admit(1, prompt)
     prefill.generate(1)
     blocks = [decode.free.pop() for _ in track.blocks]
     decode.pool.tensor[blocks] = prefill.pool.tensor[track.blocks]
     there = decode.admit(1, prompt + track.emitted, prompt_len=37, shared=blocks, computed=37)
     decode.generate(7)
-    expected = Oracle(llama).generate_logprobs(prompt, 8)
+    expected = Oracle(model).generate_logprobs(prompt, 8)
     assert track.emitted + there.emitted == expected.tokens
 
 
-def test_a_partial_block_is_copied_for_another_choice(llama: str) -> None:
-    driver = Driver(llama, page_size=16)
+def test_a_partial_block_is_copied_for_another_choice(model: str) -> None:
+    driver = Driver(model, page_size=16)
     prompt = prompt_of(21)
     first = driver.admit(1, prompt)
     driver.generate(1)
@@ -168,9 +212,9 @@ def test_a_partial_block_is_copied_for_another_choice(llama: str) -> None:
     second = driver.admit(2, [*prompt, 77], prompt_len=21, shared=[first.blocks[0], copy], computed=21)
     driver.step({1: 1, 2: 1}, copies=[CopyBlock(first.blocks[1], copy, 5)])
     driver.generate(5)
-    expected = Oracle(llama).generate_logprobs([*prompt, 77], 5)
+    expected = Oracle(model).generate_logprobs([*prompt, 77], 5)
     assert second.emitted == expected.tokens
-    assert_matches(Oracle(llama), first, prompt, 5)
+    assert_matches(Oracle(model), first, prompt, 5)
     assert driver.pool.tensor[copy, ..., :5, :].isfinite().all()
 
 
