@@ -96,6 +96,7 @@ class Core:
         self.requests: dict[int, Request] = {}
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
+        self.unanswered = self._no_leg  # told of a request that ends while its prefill leg still waits
         self.stats = Stats()
         self._expiry: list[tuple[float, int, Request]] = []
         self._age = 0
@@ -103,6 +104,10 @@ class Core:
     @staticmethod
     def _no_push(request: Request, page: int, blocks: list[int]) -> Push | None:
         return None
+
+    @staticmethod
+    def _no_leg(request: Request, finish: Finish) -> None:
+        pass
 
     @property
     def page_size(self) -> int:
@@ -133,7 +138,7 @@ class Core:
                     return token
         return None
 
-    def add(self, request: Request, now: float) -> None:
+    def add(self, request: Request, now: float, *, queued: bool = True) -> None:
         self._age += 1
         request.age = self._age
         request.heard_at = now
@@ -141,7 +146,8 @@ class Core:
         if request.remote is None:
             self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
         self.watch(request)
-        self.waiting.push(request)
+        if queued:
+            self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
         """A retracted request: back to the queue, at its age's place among the replays."""
@@ -184,6 +190,8 @@ class Core:
         if not request.started and finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.outputs.started(request)
         self.outputs.finished(request, finish)
+        if request.leg:
+            self.unanswered(request, finish)
         self.batcher.leave(request)
         self.remove(request)
         if finish.reason is FinishReason.ERROR:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pd.messages import FirstToken
+from pd.messages import Answered, Expect, Finish, FirstChoice, FirstToken
 from pd.scheduler.core import Core
 from pd.scheduler.handoff import (
     AskSpec,
@@ -13,7 +13,7 @@ from pd.scheduler.handoff import (
     GrantReturned,
     Ready,
 )
-from pd.scheduler.handoff_base import handoff_log
+from pd.scheduler.handoff_base import LEG_DROPPED, handoff_log
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 
 
@@ -23,6 +23,9 @@ class DecodeSide:
     def __init__(self, core: Core, handoffs: DecodeHandoffs) -> None:
         self.core, self.handoffs = core, handoffs
         self.asked = 0
+        self._fresh: list[Request] = []  # with a leg, of this event
+        self._owed: list[tuple[str, Answered]] = []  # to the instances whose legs wait
+        core.unanswered = self._unanswered
 
     def choose(self, now: float, candidates: list[str], tokens: int) -> tuple[str | None, str]:
         """(endpoint, ""), (None, "") to wait, or (None, reason) when no candidate can be asked."""
@@ -52,7 +55,7 @@ class DecodeSide:
             prompt_top_logprobs=request.prompt_top_logprobs,
             priority=request.priority,
             salt=request.salt,
-            room=request.room,
+            room=-1 if request.started else request.room,  # its leg has been answered
             rid=request.rid,
         )
         request.handoff = self.handoffs.ask(now, request.key, endpoint, spec, grant)
@@ -82,7 +85,10 @@ class DecodeSide:
         if request is None or request.handoff is None:
             return None  # it ended in the same event
         if isinstance(notice, FirstTokenCame):
-            request.prefill_name = self.handoffs.name_of(notice.id)
+            sender = self.handoffs.sender_of(notice.id)
+            request.prefill_name = sender.http if sender is not None else ""
+            if request.leg and self.handoffs.peers.at(request.leg).sender is sender:
+                request.leg = ""  # that instance answers it by itself
             return request, notice.message
         if isinstance(notice, Ready):
             self._ready(request, notice)
@@ -114,7 +120,8 @@ class DecodeSide:
         fields = {"prefill": notice.endpoint, "reason": notice.reason, "retry": notice.retryable}
         self.core.out.append(handoff_log("handoff_failed", request.rid, notice.id, "warning", **fields))
         if not notice.retryable:
-            self.core.fail(request, f"prefill failed: {notice.reason}", 504 if "deadline" in notice.reason else 500)
+            status = 504 if "deadline" in notice.reason else 499 if notice.reason == LEG_DROPPED else 500
+            self.core.fail(request, f"prefill failed: {notice.reason}", status)
             return
         self._again(request)
 
@@ -133,3 +140,45 @@ class DecodeSide:
         request.replay = True
         request.state = State.WAITING
         self.core.waiting.push(request)
+
+    # --- legs: a foreign router sends the request to the prefill instance, too, where it waits for the first token ---
+
+    def has_leg(self, request: Request) -> None:
+        """A request with a room came. Its leg is with the prefill instance that it names last."""
+        if request.room >= 0 and request.prefills:
+            request.leg = request.prefills[-1]
+            self._fresh.append(request)
+
+    def refused(self, room: int, prefills: tuple[str, ...], status: int, message: str) -> None:
+        """A request was not even queued."""
+        if room >= 0 and prefills:
+            self._owed.append((prefills[-1], Answered(room, 0, [], message, status)))
+
+    def answer_leg(self, request: Request, choices: list[FirstChoice]) -> None:
+        """The first token came from elsewhere than the instance where the leg is."""
+        answer = Answered(request.room, 0, choices, "", 200, request.cached, request.merged_prompt_logprobs())
+        self._owed.append((request.leg, answer))
+        request.leg = ""
+
+    def _unanswered(self, request: Request, finish: Finish) -> None:
+        """It ended without a token."""
+        status = finish.status if finish.status >= 400 else 503
+        self._owed.append((request.leg, Answered(request.room, 0, [], finish.message or finish.reason.value, status)))
+        request.leg = ""
+
+    def session_up(self, now: float, endpoint: str) -> None:
+        """What waits is made known to the peer: if this instance dies first, its legs need not wait any longer."""
+        peer = self.handoffs.peers.at(endpoint)
+        for request in self.core.waiting:
+            if request.leg and self.handoffs.peers.at(request.leg) is peer:
+                self.handoffs.tell(now, request.leg, Expect(request.room))
+
+    def tell_legs(self, now: float) -> None:
+        """At the end of an event. Without a session nobody can be told: a prefill instance bounds its legs itself."""
+        for request in self._fresh:
+            if request.leg and request.state is State.WAITING:
+                self.handoffs.tell(now, request.leg, Expect(request.room))
+        for endpoint, answer in self._owed:
+            self.handoffs.tell(now, endpoint, answer)
+        self._fresh.clear()
+        self._owed.clear()
