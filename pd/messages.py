@@ -609,7 +609,8 @@ class Cancelled(Message):
 class Answered(Message):
     """A request with a room was answered without this prefill instance: its waiting leg gets this result.
 
-    Without `choices` it failed: `reason` and `status` say how. `index` is 0: the prompts of a batch have a room each.
+    Without `choices` it failed: `reason` and `status` say how. `prompt` is the label of its prompt, `index` 0: the
+    prompts of a batch have a room each.
     """
 
     room: int
@@ -617,6 +618,7 @@ class Answered(Message):
     choices: list[FirstChoice]
     reason: str = ""
     status: int = 200
+    prompt: bytes = b""
     cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
 

@@ -96,7 +96,7 @@ class Core:
         self.requests: dict[int, Request] = {}
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
-        self.unanswered = self._no_leg  # told of a request that ends while its prefill leg still waits
+        self.ended = self._no_room  # told of the end of a client's request that has a room
         self.stats = Stats()
         self._expiry: list[tuple[float, int, Request]] = []
         self._age = 0
@@ -106,7 +106,7 @@ class Core:
         return None
 
     @staticmethod
-    def _no_leg(request: Request, finish: Finish) -> None:
+    def _no_room(request: Request, finish: Finish) -> None:
         pass
 
     @property
@@ -138,16 +138,19 @@ class Core:
                     return token
         return None
 
-    def add(self, request: Request, now: float, *, queued: bool = True) -> None:
+    def add(self, request: Request, now: float) -> None:
         self._age += 1
         request.age = self._age
+        self.adopt(request, now)
+        self.waiting.push(request)
+
+    def adopt(self, request: Request, now: float) -> None:
+        """Know the request from now on; the caller says what becomes of it."""
         request.heard_at = now
         self.requests[request.key] = request
         if request.remote is None:
             self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
         self.watch(request)
-        if queued:
-            self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
         """A retracted request: back to the queue, at its age's place among the replays."""
@@ -190,8 +193,8 @@ class Core:
         if not request.started and finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.outputs.started(request)
         self.outputs.finished(request, finish)
-        if request.leg:
-            self.unanswered(request, finish)
+        if request.room >= 0:
+            self.ended(request, finish)
         self.batcher.leave(request)
         self.remove(request)
         if finish.reason is FinishReason.ERROR:

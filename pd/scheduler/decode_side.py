@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pd.messages import Answered, Expect, Finish, FirstChoice, FirstToken
+from pd.messages import Answered, Expect, Finish, FirstChoice, FirstToken, Submit
 from pd.scheduler.core import Core
 from pd.scheduler.handoff import (
     AskSpec,
@@ -15,6 +15,7 @@ from pd.scheduler.handoff import (
 )
 from pd.scheduler.handoff_base import LEG_DROPPED, handoff_log
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
+from pd.scheduler.rooms import label_of
 
 
 class DecodeSide:
@@ -25,7 +26,7 @@ class DecodeSide:
         self.asked = 0
         self._fresh: list[Request] = []  # with a leg, of this event
         self._owed: list[tuple[str, Answered]] = []  # to the instances whose legs wait
-        core.unanswered = self._unanswered
+        core.ended = self._ended
 
     def choose(self, now: float, candidates: list[str], tokens: int) -> tuple[str | None, str]:
         """(endpoint, ""), (None, "") to wait, or (None, reason) when no candidate can be asked."""
@@ -149,22 +150,26 @@ class DecodeSide:
             request.leg = request.prefills[-1]
             self._fresh.append(request)
 
-    def refused(self, room: int, prefills: tuple[str, ...], status: int, message: str) -> None:
+    def refused(self, submit: Submit, status: int, message: str) -> None:
         """A request was not even queued."""
-        if room >= 0 and prefills:
-            self._owed.append((prefills[-1], Answered(room, 0, [], message, status)))
+        if submit.room >= 0 and submit.prefills:
+            answer = Answered(submit.room, 0, [], message, status, label_of(submit.tokens_i32))
+            self._owed.append((submit.prefills[-1], answer))
 
     def answer_leg(self, request: Request, choices: list[FirstChoice]) -> None:
         """The first token came from elsewhere than the instance where the leg is."""
-        answer = Answered(request.room, 0, choices, "", 200, request.cached, request.merged_prompt_logprobs())
+        label, of_prompt = label_of(request.tokens[: 4 * request.prompt_len]), request.merged_prompt_logprobs()
+        answer = Answered(request.room, 0, choices, "", 200, label, request.cached, of_prompt)
         self._owed.append((request.leg, answer))
         request.leg = ""
 
-    def _unanswered(self, request: Request, finish: Finish) -> None:
-        """It ended without a token."""
-        status = finish.status if finish.status >= 400 else 503
-        self._owed.append((request.leg, Answered(request.room, 0, [], finish.message or finish.reason.value, status)))
-        request.leg = ""
+    def _ended(self, request: Request, finish: Finish) -> None:
+        """Without a token, if its leg still waits."""
+        if request.leg:
+            status, reason = finish.status if finish.status >= 400 else 503, finish.message or finish.reason.value
+            answer = Answered(request.room, 0, [], reason, status, label_of(request.tokens[: 4 * request.prompt_len]))
+            self._owed.append((request.leg, answer))
+            request.leg = ""
 
     def session_up(self, now: float, endpoint: str) -> None:
         """What waits is made known to the peer: if this instance dies first, its legs need not wait any longer."""

@@ -31,6 +31,8 @@ class PrefillSide:
         self.rooms = Rooms(core.settings.control.bootstrap_timeout)
         self._requests: dict[HandoffId, Request] = {}
         self._next = 0
+        self._left: list[tuple[int, bool]] = []  # keys of legs that ended in this event; whether their client did it
+        core.ended = self._ended
         core.batcher.pusher = self._push
 
     def __len__(self) -> int:
@@ -60,7 +62,8 @@ class PrefillSide:
         elif isinstance(notice, RoomExpected):
             self.rooms.expected(now, notice.room, notice.session)
         elif isinstance(notice, RoomAnswered):
-            self.rooms.answered(now, notice.message.room, notice.session, self._outcome(notice.message))
+            message = notice.message
+            self.rooms.answered(now, message.room, notice.session, message.prompt, self._outcome(message))
         elif isinstance(notice, RoomsLost):
             self.rooms.lost(now, notice.session, notice.reason)
         self.settle()
@@ -149,15 +152,21 @@ class PrefillSide:
 
     def leg_came(self, now: float, request: Request) -> None:
         request.state = State.LEG
-        self.core.add(request, now, queued=False)
+        self.core.adopt(request, now)
         self.rooms.came(now, Leg(request.key, request.room, label_of(request.tokens)))
         self.settle()
 
-    def leg_left(self, now: float, request: Request, *, dropped: bool) -> None:
-        """Its end has another reason than the rooms'. A leg that its client `dropped` cancels the hand-off."""
-        id = self.rooms.left(now, request.key)
-        if id is not None and dropped:
-            self.handoffs.fail(now, id, LEG_DROPPED, retryable=False)
+    def _ended(self, request: Request, finish: Finish) -> None:
+        if request.state is State.LEG:
+            self._left.append((request.key, finish.reason is FinishReason.ABORT))
+
+    def let_go(self, now: float) -> None:
+        """Of legs whose end has another reason than the rooms'. One that its client dropped cancels the hand-off."""
+        for key, dropped in self._left:
+            id = self.rooms.left(now, key)
+            if id is not None and dropped:
+                self.handoffs.fail(now, id, LEG_DROPPED, retryable=False)
+        self._left.clear()
 
     def tick(self, now: float) -> None:
         self.rooms.tick(now)

@@ -7,7 +7,7 @@ and the leg is answered with the first token. Either may come first; whatever ca
     hand-off ───┴── joined by room ────┤
     Expect ─────┘                      └── no hand-off in time, session lost, decode failed: the leg fails
 
-A room is a label that anybody may choose. So a leg is given only to a hand-off of its own prompt, only the session that
+A room is a label that anybody may choose. So a leg is given only what belongs to its own prompt, only the session that
 spoke of a room last may settle it, and of two legs with one room the later one counts: a router that tries again uses
 the same number.
 
@@ -84,8 +84,8 @@ class Settled:
 class _Room:
     """At least one of leg, session, hand-off and outcome is there; never both a leg and an outcome.
 
-    `session` has said that the hand-off is here or will come; `prompt` labels the hand-off's, b"" before one came.
-    Without a hand-off it is over at the time of its live entry in the expiry heap, which `serial` tells.
+    `session` has said that the hand-off is here or will come. `prompt` labels the hand-off's or the outcome's; before,
+    it is b"". Without a hand-off it is over at the time of its live entry in the expiry heap, which `serial` tells.
     """
 
     leg: Leg | None = None
@@ -197,14 +197,16 @@ class Rooms:
         if not waits:
             self._arm(number, room, now + self.timeout)
 
-    def answered(self, now: float, number: int, session: int, outcome: Outcome) -> None:
+    def answered(self, now: float, number: int, session: int, prompt: bytes, outcome: Outcome) -> None:
         """It has the answer, or none at all, without this instance."""
         room = self._rooms.get(number)
         if room is None:
             room = self._rooms[number] = _Room()
         elif room.session not in (None, session):
             return  # an earlier try of the request, which has gone to another instance since
-        room.session = session
+        elif prompt != (room.leg.prompt if room.leg is not None else room.prompt or prompt):
+            return  # another request with this room
+        room.session, room.prompt = session, prompt
         self._unlabel(room)
         self._outcome(now, number, room, outcome)
 

@@ -69,6 +69,8 @@ class Scheduler:
         core = self.core
         if core is not None and not self._exited:
             now = event.now
+            if self.prefill is not None:
+                self.prefill.let_go(now)
             self._notices(now)
             assert self.admission is not None
             self.admission.run(now)
@@ -141,8 +143,6 @@ class Scheduler:
             else:
                 if self.decode is not None:
                     self.decode.drop(now, request, reason)
-                if self.prefill is not None:
-                    self.prefill.leg_left(now, request, dropped=False)
                 core.fail(request, reason, status)
         core.outputs.flush(self.out)
 
@@ -216,7 +216,7 @@ class Scheduler:
     ) -> None:
         self.out.append(report.rejection(submit.key, status, message, param, code))
         if self.decode is not None:
-            self.decode.refused(submit.room, submit.prefills, status, message)
+            self.decode.refused(submit, status, message)
 
     def _abort(self, event: ev.AbortRequested) -> None:
         request = self.core.requests.get(event.key) if self.core is not None else None
@@ -233,8 +233,6 @@ class Scheduler:
         assert self.core is not None
         if self.decode is not None:
             self.decode.drop(now, request, finish.message or finish.reason.value)
-        if self.prefill is not None:
-            self.prefill.leg_left(now, request, dropped=finish.reason is FinishReason.ABORT)
         self.core.finish(request, finish)
 
     def _asked(self, event: ev.Asked) -> None:

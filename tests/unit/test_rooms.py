@@ -111,7 +111,7 @@ def test_a_leg_whose_hand_off_runs_is_bounded_by_that_alone() -> None:
 @pytest.mark.parametrize(("outcome", "wait"), [(result(), TIMEOUT), (Problem(500, "x"), KEEP_PROBLEM)])
 def test_what_came_without_its_leg_is_forgotten_in_time(outcome: Outcome, wait: float) -> None:
     r = rooms()
-    r.answered(0.0, 5, 3, outcome)
+    r.answered(0.0, 5, 3, ONE, outcome)
     r.tick(wait - 0.01)
     assert len(r) == 1
     r.tick(wait)
@@ -122,7 +122,7 @@ def test_kept_first_tokens_take_bounded_memory_and_the_oldest_go_first() -> None
     r = Rooms(TIMEOUT, keep_bytes=100_000)
     large = Result((FirstChoice(1),), 0, PromptLogprobs(0, bytes(8000)))
     for number in range(1000):
-        r.answered(0.0, number, 3, large)
+        r.answered(0.0, number, 3, ONE, large)
         assert r._kept <= 100_000
     assert 0 < len(r) <= 12
     r.came(0.0, Leg(1, 999, ONE))
@@ -171,7 +171,7 @@ def test_after_a_failed_hand_off_the_decode_instance_says_what_became_of_the_req
     r.asked(0.0, 5, FIRST, 3, ONE)
     r.stopped(1.0, FIRST)
     assert r.take() == []
-    r.answered(1.1, 5, 3, result(9))
+    r.answered(1.1, 5, 3, ONE, result(9))
     assert r.take() == [Settled(1, result(9))]
 
 
@@ -179,7 +179,7 @@ def test_an_answer_of_the_decode_instance_counts_although_the_hand_off_still_run
     r = rooms()
     r.came(0.0, Leg(1, 5, ONE))
     r.asked(0.0, 5, FIRST, 3, ONE)
-    r.answered(1.0, 5, 3, Problem(500, "no memory"))
+    r.answered(1.0, 5, 3, ONE, Problem(500, "no memory"))
     assert status(r, 1) == 500
     r.first_token(1.1, FIRST, result())
     assert len(r) == 0 and r.take() == []
@@ -200,7 +200,7 @@ def test_a_leg_that_leaves_names_the_hand_off_that_nobody_wants_any_more() -> No
 def test_that_the_client_left_decode_is_not_kept_for_a_leg() -> None:
     r = rooms()
     r.expected(0.0, 5, 3)
-    r.answered(0.0, 5, 3, Problem(499, "gone"))
+    r.answered(0.0, 5, 3, ONE, Problem(499, "gone"))
     assert len(r) == 0
 
 
@@ -240,6 +240,17 @@ def test_a_leg_never_gets_the_first_token_of_another_prompt() -> None:
     assert r.take() == [Settled(2, result(8))]
 
 
+def test_an_answer_for_another_prompt_settles_no_leg() -> None:
+    r = rooms()
+    r.came(0.0, Leg(1, 5, ONE))
+    r.answered(1.0, 5, 3, OTHER, result())
+    r.answered(1.0, 5, 3, OTHER, Problem(500, "no"))
+    assert r.take() == [] and r.legs == 1
+    r.answered(1.0, 6, 3, OTHER, result())
+    r.came(1.0, Leg(2, 6, ONE))
+    assert r.take() == [] and r.legs == 2
+
+
 def test_a_kept_first_token_of_another_prompt_is_dropped() -> None:
     r = rooms()
     r.asked(0.0, 5, FIRST, 3, OTHER)
@@ -250,11 +261,11 @@ def test_a_kept_first_token_of_another_prompt_is_dropped() -> None:
 
 def test_a_new_try_forgets_what_the_last_one_left() -> None:
     r = rooms()
-    r.answered(0.0, 5, 3, Problem(500, "the first try"))
+    r.answered(0.0, 5, 3, ONE, Problem(500, "the first try"))
     r.expected(1.0, 5, 4)
     r.came(1.0, Leg(1, 5, ONE))
     assert r.take() == []
-    r.answered(1.0, 5, 3, Problem(500, "the first try, late"))
+    r.answered(1.0, 5, 3, ONE, Problem(500, "the first try, late"))
     assert r.take() == [], "another session speaks of the room now"
     r.asked(2.0, 5, FIRST, 4, ONE)
     r.asked(2.0, 5, SECOND, 4, ONE)
@@ -319,7 +330,8 @@ def test_every_leg_is_settled_once_with_what_belongs_to_its_prompt(steps: list[t
         elif what == "expected":
             r.expected(now, a, b)
         elif what == "answered":
-            r.answered(now, a, b, Problem(500, "no") if pause else Problem(499, "gone"))
+            answer = result(1 if prompt == ONE else 2) if a % 2 else Problem(500 if pause else 499, "no")
+            r.answered(now, a, b, prompt, answer)
         elif what == "lost":
             r.lost(now, b, "lost")
         elif what == "drain":
