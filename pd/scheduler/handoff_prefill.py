@@ -255,7 +255,8 @@ class PrefillHandoffs:
         session.rooms = session.rooms or message.room >= 0
         self.peers.credit = max(0, self.peers.credit - h.tokens)
         self._notices.append(Accepted(id, session.id, message, h.deadline))
-        self.out.append(h.log("handoff_accepted", tokens=h.tokens))
+        label = {"room": message.room} if message.room >= 0 else {}
+        self.out.append(h.log("handoff_accepted", tokens=h.tokens, **label))
 
     def transfer_said(self, now: float, event: m.TransferEvent) -> None:
         self._now = now

@@ -153,6 +153,7 @@ class PrefillSide:
     def leg_came(self, now: float, request: Request) -> None:
         request.state = State.LEG
         self.core.adopt(request, now)
+        self.core.log("leg_came", rid=request.rid, room=request.room)
         self.rooms.came(now, Leg(request.key, request.room, label_of(request.tokens)))
         self.settle()
 

@@ -195,6 +195,25 @@ def test_after_a_local_fallback_the_leg_gets_what_decode_computed() -> None:
     assert core is not None and core.stats.computed > 0
 
 
+def test_between_a_hand_off_that_failed_and_decodes_own_answer_the_leg_waits() -> None:
+    sim = world(local="fallback")
+    both(sim)
+    finish(sim)
+    sim.config.step_time = (0.3, 0.3)
+    leg, client = both(sim, room=8)
+    sim.run(sim.now + 0.1)
+    side = sim.nodes["p0"].scheduler.prefill
+    assert side is not None
+    (id,) = side._requests
+    sim.freeze(sim.nodes["d0"])
+    side.handoffs.fail(sim.now, id, "a push failed", retryable=True)
+    sim.run(sim.now + 0.6)
+    assert side.handoffs.quiet and not leg.ended, "the hand-off is over, and its label with it"
+    sim.thaw(sim.nodes["d0"])
+    finish(sim, rest=TIMEOUT)
+    assert ended(leg) == ended(client) == OK
+
+
 def test_when_decode_gives_up_the_leg_says_why_at_once() -> None:
     sim = world(local="never")
     both(sim)
@@ -283,19 +302,29 @@ def test_a_leg_fails_at_once_when_its_decode_instance_dies(queued: bool) -> None
 
 def test_a_request_that_waits_while_the_instances_meet_is_made_known_then() -> None:
     sim = world(max_running_requests=1)
+    sim.config.step_time = (0.5, 0.5)
+    legs = [both(sim, room=room)[0] for room in (8, 9)]
+    sim.run(0.1)
+    assert len(sim.sessions) == 1
+    sim.kill(sim.nodes["d0"])
+    sim.run(0.2)
+    assert [ended(leg) for leg in legs] == [(FinishReason.ERROR, 503)] * 2
+    finish(sim, rest=2.0)
+
+
+def test_a_leg_fails_at_once_when_the_session_with_its_decode_instance_is_lost() -> None:
+    sim = world(local="fallback")
     both(sim)
     finish(sim)
     sim.config.step_time = (0.5, 0.5)
-    both(sim, room=8)
-    leg, _ = both(sim, room=9)
+    leg, client = both(sim, room=8)
     sim.run(sim.now + 0.1)
     (session,) = sim.sessions.values()
-    side = sim.nodes["p0"].scheduler.prefill
-    assert side is not None
     sim.lose(session)
     sim.run(sim.now + 0.05)
-    assert ended(leg) == (FinishReason.ERROR, 503), "its session is over"
+    assert ended(leg) == (FinishReason.ERROR, 503)
     finish(sim, rest=TIMEOUT)
+    assert ended(client) == OK, "decode goes on by itself"
 
 
 def test_a_leg_has_its_clients_deadline() -> None:
