@@ -183,6 +183,21 @@ def test_many_at_once_are_all_prefilled_on_the_prefill_instances(router: str, cl
     assert [figures[COMPUTED] for figures in moved] == [0, 0]
 
 
+def test_what_the_routers_ask_of_their_workers_besides(rust: str, mini: str, cluster: Cluster) -> None:
+    model = cluster.info("decode-0")["model"]
+    workers = httpx.get(f"{rust}/workers", timeout=PATIENCE).json()["workers"]
+    assert sorted((w["worker_type"], w["is_healthy"], w["model_id"]) for w in workers) == [
+        (kind, True, model) for kind in ("decode", "decode", "prefill", "prefill")
+    ]
+    for url in (rust, mini):
+        assert httpx.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"][0]["id"] == model
+        assert httpx.get(f"{url}/get_model_info", timeout=PATIENCE).json()["tokenizer_path"] == model
+        assert httpx.post(f"{url}/flush_cache", timeout=PATIENCE).status_code == 200
+    found = httpx.get(f"{mini}/get_server_info", timeout=PATIENCE).json()
+    assert {info["disaggregation_mode"] for info in found["prefill"]} == {"prefill"}
+    assert all(info["max_running_requests"] > 0 and info["tokenizer_path"] == model for info in found["decode"])
+
+
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 
@@ -314,8 +329,8 @@ def test_several_choices_are_one_prompt_with_one_room(rust: str, mini: str) -> N
     [
         ("rust", "prefill-0"),
         ("rust", "decode-0"),
-        ("mini", "decode-0"),
         pytest.param("mini", "prefill-0", marks=pytest.mark.slow),
+        pytest.param("mini", "decode-0", marks=pytest.mark.slow),
     ],
     indirect=["router"],
 )
