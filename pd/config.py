@@ -114,7 +114,7 @@ class CacheConfig:
 @dataclass(frozen=True)
 class SchedulerConfig:
     max_running_requests: int = setting(256, "requests decoded at once", at_least=1)
-    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", roles=ANSWERING, at_least=1)
+    max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", at_least=1)
     chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens", at_least=1)
     max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens", at_least=1)
     local_prefill: str = setting("fallback", "when it prefills itself: never, fallback or short:N", roles=("decode",))
@@ -131,7 +131,7 @@ class SchedulerConfig:
     reserve_blocks: int = setting(
         1, "growth blocks per running request that are never granted", readme=False, roles=ANSWERING, at_least=0
     )
-    request_timeout: float = setting(600.0, "longest time without a new token", unit="s", roles=ANSWERING, above=0)
+    request_timeout: float = setting(600.0, "longest time without a new token", unit="s", above=0)
     step_timeout: float = setting(
         60.0, "a step or a transfer command that takes longer means that the runner hangs", unit="s", above=0
     )
@@ -188,10 +188,11 @@ class ControlConfig:
     )
     bootstrap_timeout: float = setting(
         300.0,
-        "longest wait of a prefill instance for the second leg of a request with a bootstrap_room",
+        "longest wait of a request with a bootstrap_room for the decode instance that asks for it, and of its first "
+        "token for the request",
         unit="s",
         env=("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT",),
-        roles=(),  # a prefill instance answers no leg of its own yet; where the KV goes comes with each request
+        roles=("prefill",),
         above=0,
     )
     waiting_timeout: float = setting(

@@ -607,12 +607,26 @@ class Cancelled(Message):
 
 
 class Answered(Message):
-    """A request with a room was answered without this prefill instance: its waiting leg gets this result."""
+    """A request with a room was answered without this prefill instance: its waiting leg gets this result.
+
+    Without `choices` it failed: `reason` and `status` say how. `prompt` is the label of its prompt, `index` 0: the
+    prompts of a batch have a room each.
+    """
 
     room: int
     index: int
     choices: list[FirstChoice]
     reason: str = ""
+    status: int = 200
+    prompt: bytes = b""
+    cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class Expect(Message):
+    """Decode holds a request with this room and will ask; until then its leg shares the fate of this session."""
+
+    room: int
 
 
 class Heartbeat(Message):
@@ -654,5 +668,16 @@ TransferEvent: TypeAlias = (
 )
 Opening: TypeAlias = Hello | Welcome | Unwelcome
 PeerMessage: TypeAlias = (
-    Prefill | FirstToken | Landed | LandedAck | Refused | Failed | Cancel | Cancelled | Answered | Heartbeat | Goodbye
+    Prefill
+    | FirstToken
+    | Landed
+    | LandedAck
+    | Refused
+    | Failed
+    | Cancel
+    | Cancelled
+    | Answered
+    | Heartbeat
+    | Goodbye
+    | Expect
 )

@@ -263,8 +263,6 @@ def refuse_idle(flag: str, meta: Mapping[str, Any], working: Collection[str]) ->
     roles = meta["roles"]
     if not {*roles, *meta["tolerated"].get(flag, ())}.isdisjoint(working):
         return
-    if not roles:
-        raise ConfigError(flag, "it has no effect yet, on any instance", "leave it out")
     where = " and ".join(role for role in ROLES if role in working)
     raise ConfigError(
         flag, f"it does nothing on {where} instances", f"leave it out: it is for {' and '.join(roles)} instances"

@@ -64,7 +64,7 @@ class Option:
     def help(self) -> str:
         """What it means, after the roles for which it does not mean nothing."""
         roles = self.meta["roles"]
-        return self.meta["help"] if roles == ROLES else f"{' and '.join(roles) or 'no effect yet'}: {self.meta['help']}"
+        return self.meta["help"] if roles == ROLES else f"{' and '.join(roles)}: {self.meta['help']}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from pd.api.tokenizer import Tokenizer
 from pd.errors import RequestError
 
 DEFAULT_BOOTSTRAP_PORT = 8998  # what a null bootstrap_port means
+ROOMS = 1 << 63  # numbers of bootstrap rooms
 MAX_PREFILLS = 16
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):([0-9]{1,5})")
 _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:.%]*:[0-9A-Fa-f:.%]*|\[[0-9A-Fa-f:.%]+\]")
@@ -106,21 +107,26 @@ def nth(value: Any, index: int, count: int, name: str) -> Any:
     return value[index]
 
 
+def _first_of(value: Any, index: int, count: int, name: str) -> Any:
+    """As `nth`; a list may have one element per choice, of which the prompt's first counts."""
+    if isinstance(value, list) and value and not len(value) % count:
+        return value[index * (len(value) // count)]
+    return nth(value, index, count, name)
+
+
 def _room(fields: RequestFields, index: int, count: int) -> int:
-    """A scalar room with a batch numbers the prompts from itself on."""
-    room = nth(fields.bootstrap_room, index, count, "bootstrap_room")
+    """A scalar room with a batch numbers the prompts from itself on; after the last number comes 0."""
+    room = _first_of(fields.bootstrap_room, index, count, "bootstrap_room")
     if room is None:
         return -1
-    if not isinstance(fields.bootstrap_room, list):
-        room += index
-    if not 0 <= room < 1 << 63:
+    if not 0 <= room < ROOMS:
         raise RequestError(f"bootstrap_room must be between 0 and 2^63 - 1, got {room}", param="bootstrap_room")
-    return room
+    return room if isinstance(fields.bootstrap_room, list) else (room + index) % ROOMS
 
 
 def _bootstrap_endpoint(fields: RequestFields, index: int, count: int) -> tuple[str, ...]:
-    host = nth(fields.bootstrap_host, index, count, "bootstrap_host")
-    port = nth(fields.bootstrap_port, index, count, "bootstrap_port")
+    host = _first_of(fields.bootstrap_host, index, count, "bootstrap_host")
+    port = _first_of(fields.bootstrap_port, index, count, "bootstrap_port")
     if not host:
         return ()
     port = DEFAULT_BOOTSTRAP_PORT if port is None else port

@@ -136,7 +136,9 @@ def _finish_reason(choice: Choice) -> dict[str, Any] | None:
     if finish.reason is FinishReason.STOP:
         return {"type": "stop", "matched": choice.matched}
     if finish.reason is FinishReason.LENGTH:
-        return {"type": "length", "length": choice.generation.prompt.sampling.max_tokens}
+        # The leg of a prefill instance ends with the first token, whatever the limit: SGLang calls that length 0.
+        limit = choice.generation.prompt.sampling.max_tokens
+        return {"type": "length", "length": limit if choice.count >= limit else 0}
     return {"type": "abort", "message": finish.message}
 
 

@@ -96,6 +96,7 @@ class Core:
         self.requests: dict[int, Request] = {}
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
+        self.ended = self._no_room  # told of the end of a client's request that has a room
         self.stats = Stats()
         self._expiry: list[tuple[float, int, Request]] = []
         self._age = 0
@@ -103,6 +104,10 @@ class Core:
     @staticmethod
     def _no_push(request: Request, page: int, blocks: list[int]) -> Push | None:
         return None
+
+    @staticmethod
+    def _no_room(request: Request, finish: Finish) -> None:
+        pass
 
     @property
     def page_size(self) -> int:
@@ -136,12 +141,16 @@ class Core:
     def add(self, request: Request, now: float) -> None:
         self._age += 1
         request.age = self._age
+        self.adopt(request, now)
+        self.waiting.push(request)
+
+    def adopt(self, request: Request, now: float) -> None:
+        """Know the request from now on; the caller says what becomes of it."""
         request.heard_at = now
         self.requests[request.key] = request
         if request.remote is None:
             self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
         self.watch(request)
-        self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
         """A retracted request: back to the queue, at its age's place among the replays."""
@@ -184,6 +193,8 @@ class Core:
         if not request.started and finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.outputs.started(request)
         self.outputs.finished(request, finish)
+        if request.room >= 0:
+            self.ended(request, finish)
         self.batcher.leave(request)
         self.remove(request)
         if finish.reason is FinishReason.ERROR:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pd.messages import FirstToken
+from pd.messages import Answered, Expect, Finish, FirstChoice, FirstToken, Submit
 from pd.scheduler.core import Core
 from pd.scheduler.handoff import (
     AskSpec,
@@ -13,8 +13,9 @@ from pd.scheduler.handoff import (
     GrantReturned,
     Ready,
 )
-from pd.scheduler.handoff_base import handoff_log
+from pd.scheduler.handoff_base import LEG_DROPPED, handoff_log
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
+from pd.scheduler.rooms import label_of
 
 
 class DecodeSide:
@@ -23,6 +24,9 @@ class DecodeSide:
     def __init__(self, core: Core, handoffs: DecodeHandoffs) -> None:
         self.core, self.handoffs = core, handoffs
         self.asked = 0
+        self._fresh: list[Request] = []  # with a leg, of this event
+        self._owed: list[tuple[str, Answered]] = []  # to the instances whose legs wait
+        core.ended = self._ended
 
     def choose(self, now: float, candidates: list[str], tokens: int) -> tuple[str | None, str]:
         """(endpoint, ""), (None, "") to wait, or (None, reason) when no candidate can be asked."""
@@ -52,7 +56,7 @@ class DecodeSide:
             prompt_top_logprobs=request.prompt_top_logprobs,
             priority=request.priority,
             salt=request.salt,
-            room=request.room,
+            room=-1 if request.started else request.room,  # its leg has been answered
             rid=request.rid,
         )
         request.handoff = self.handoffs.ask(now, request.key, endpoint, spec, grant)
@@ -82,7 +86,10 @@ class DecodeSide:
         if request is None or request.handoff is None:
             return None  # it ended in the same event
         if isinstance(notice, FirstTokenCame):
-            request.prefill_name = self.handoffs.name_of(notice.id)
+            sender = self.handoffs.sender_of(notice.id)
+            request.prefill_name = sender.http if sender is not None else ""
+            if request.leg and self.handoffs.peers.at(request.leg).sender is sender:
+                request.leg = ""  # that instance answers it by itself
             return request, notice.message
         if isinstance(notice, Ready):
             self._ready(request, notice)
@@ -114,7 +121,8 @@ class DecodeSide:
         fields = {"prefill": notice.endpoint, "reason": notice.reason, "retry": notice.retryable}
         self.core.out.append(handoff_log("handoff_failed", request.rid, notice.id, "warning", **fields))
         if not notice.retryable:
-            self.core.fail(request, f"prefill failed: {notice.reason}", 504 if "deadline" in notice.reason else 500)
+            status = 504 if "deadline" in notice.reason else 499 if notice.reason == LEG_DROPPED else 500
+            self.core.fail(request, f"prefill failed: {notice.reason}", status)
             return
         self._again(request)
 
@@ -133,3 +141,49 @@ class DecodeSide:
         request.replay = True
         request.state = State.WAITING
         self.core.waiting.push(request)
+
+    # --- legs: a foreign router sends the request to the prefill instance, too, where it waits for the first token ---
+
+    def has_leg(self, request: Request) -> None:
+        """A request with a room came. Its leg is with the prefill instance that it names last."""
+        if request.room >= 0 and request.prefills:
+            request.leg = request.prefills[-1]
+            self._fresh.append(request)
+
+    def refused(self, submit: Submit, status: int, message: str) -> None:
+        """A request was not even queued."""
+        if submit.room >= 0 and submit.prefills:
+            answer = Answered(submit.room, 0, [], message, status, label_of(submit.tokens_i32))
+            self._owed.append((submit.prefills[-1], answer))
+
+    def answer_leg(self, request: Request, choices: list[FirstChoice]) -> None:
+        """The first token came from elsewhere than the instance where the leg is."""
+        label, of_prompt = label_of(request.tokens[: 4 * request.prompt_len]), request.merged_prompt_logprobs()
+        answer = Answered(request.room, 0, choices, "", 200, label, request.cached, of_prompt)
+        self._owed.append((request.leg, answer))
+        request.leg = ""
+
+    def _ended(self, request: Request, finish: Finish) -> None:
+        """Without a token, if its leg still waits."""
+        if request.leg:
+            status, reason = finish.status if finish.status >= 400 else 503, finish.message or finish.reason.value
+            answer = Answered(request.room, 0, [], reason, status, label_of(request.tokens[: 4 * request.prompt_len]))
+            self._owed.append((request.leg, answer))
+            request.leg = ""
+
+    def session_up(self, now: float, endpoint: str) -> None:
+        """What waits is made known to the peer: if this instance dies first, its legs need not wait any longer."""
+        peer = self.handoffs.peers.at(endpoint)
+        for request in self.core.waiting:
+            if request.leg and self.handoffs.peers.at(request.leg) is peer:
+                self.handoffs.tell(now, request.leg, Expect(request.room))
+
+    def tell_legs(self, now: float) -> None:
+        """At the end of an event. Without a session nobody can be told: a prefill instance bounds its legs itself."""
+        for request in self._fresh:
+            if request.leg and request.state is State.WAITING:
+                self.handoffs.tell(now, request.leg, Expect(request.room))
+        for endpoint, answer in self._owed:
+            self.handoffs.tell(now, endpoint, answer)
+        self._fresh.clear()
+        self._owed.clear()

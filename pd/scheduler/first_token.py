@@ -10,9 +10,19 @@ import numpy as np
 
 from pd import messages as m
 from pd.scheduler.handoff_base import AskSpec
+from pd.scheduler.request import Request
+from pd.scheduler.rooms import Result
 
 
-def strange_first_token(message: m.FirstToken, spec: AskSpec, vocab_size: int) -> str:
+def strange_result(result: Result, request: Request, vocab_size: int) -> str:
+    """What is wrong with the answer for a leg, which another instance may have given, or ""."""
+    if request.sampling.logprobs and any(choice.logprobs is None for choice in result.choices):
+        return "no logprobs"
+    spec = AskSpec(bytes(request.tokens), request.prompt_len, request.sampling, 0, 0.0, 0, choices=request.choices)
+    return strange_first_token(result, spec, vocab_size)
+
+
+def strange_first_token(message: m.FirstToken | Result, spec: AskSpec, vocab_size: int) -> str:
     """What is wrong with the message, or ""."""
     if len(message.choices) != spec.choices:
         return f"{len(message.choices)} first tokens for {spec.choices} choices"

@@ -287,7 +287,24 @@ class RoomAnswered:
     message: m.Answered
 
 
-PrefillNotice: TypeAlias = Accepted | Stop | SourceFree | RoomAnswered
+@dataclass(frozen=True, slots=True)
+class RoomExpected:
+    session: int
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomsLost:
+    """A session that has spoken of rooms is over."""
+
+    session: int
+    reason: str
+
+
+PrefillNotice: TypeAlias = Accepted | Stop | SourceFree | RoomAnswered | RoomExpected | RoomsLost
+
+#: Why a hand-off fails whose prefill leg was dropped: by then the client has left both.
+LEG_DROPPED = "the client of its prefill leg has gone"
 
 
 # --- life-cycle lines -------------------------------------------------------------------------------------------------

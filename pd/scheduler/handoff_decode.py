@@ -88,10 +88,10 @@ class DecodeHandoffs:
     def choose(self, now: float, candidates: Sequence[str], tokens: int) -> Choice:
         return self.peers.choose(now, candidates, tokens)
 
-    def name_of(self, id: HandoffId) -> str:
-        """The HTTP name of the prefill instance that an open attempt was asked of, else ""."""
+    def sender_of(self, id: HandoffId) -> Sender | None:
+        """The prefill instance that an open attempt was asked of."""
         attempt = self._open.get(id)
-        return attempt.sender.http if attempt is not None else ""
+        return attempt.sender if attempt is not None else None
 
     def ask(
         self, now: float, key: int, endpoint: str, spec: AskSpec, grant: list[int], counter: int | None = None

@@ -23,6 +23,8 @@ from pd.scheduler.handoff_base import (
     LocalIdentity,
     PrefillNotice,
     RoomAnswered,
+    RoomExpected,
+    RoomsLost,
     SourceFree,
     Stop,
     to_i32,
@@ -196,6 +198,8 @@ class PrefillHandoffs:
         self.peers.forget(now, session, reason)
         for h in self._of(session):
             self._event(now, h, PrefillEvent.LOST, reason)
+        if session.rooms:
+            self._notices.append(RoomsLost(session.id, reason))
 
     # --- events ---
 
@@ -214,6 +218,9 @@ class PrefillHandoffs:
             self._about(now, found, PrefillEvent.ACK, message)
         elif isinstance(message, m.Answered):
             self._notices.append(RoomAnswered(session, message))
+        elif isinstance(message, m.Expect):
+            found.rooms = True
+            self._notices.append(RoomExpected(session, message.room))
         elif isinstance(message, m.Goodbye):
             found.leaving = True
             self._end(now, found, "session", message.reason)
@@ -245,9 +252,11 @@ class PrefillHandoffs:
             return
         h = self._open[id] = new_handoff(now, session, message)
         session.queued += h.tokens
+        session.rooms = session.rooms or message.room >= 0
         self.peers.credit = max(0, self.peers.credit - h.tokens)
         self._notices.append(Accepted(id, session.id, message, h.deadline))
-        self.out.append(h.log("handoff_accepted", tokens=h.tokens))
+        label = {"room": message.room} if message.room >= 0 else {}
+        self.out.append(h.log("handoff_accepted", tokens=h.tokens, **label))
 
     def transfer_said(self, now: float, event: m.TransferEvent) -> None:
         self._now = now

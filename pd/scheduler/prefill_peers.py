@@ -56,6 +56,7 @@ class Session:
     queued: int = 0  # tokens accepted from it and not yet computed
     stale: bool = False  # its view of our status is out of date
     leaving: bool = False  # it said Goodbye
+    rooms: bool = False  # it has spoken of a room
 
     @property
     def owner(self) -> tuple[str, int]:

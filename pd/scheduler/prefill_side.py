@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import numpy as np
 
-from pd.messages import Push, StepDone, TokenLogprobs
+from pd.messages import Answered, Finish, Push, StepDone, TokenLogprobs
 from pd.scheduler.batch import Chunk
 from pd.scheduler.core import REMOTE_KEYS, Core
-from pd.scheduler.handoff import Accepted, PrefillHandoffs, SourceFree, Stop
-from pd.scheduler.handoff_base import MAX_RID, handoff_log
+from pd.scheduler.first_token import strange_result
+from pd.scheduler.handoff import (
+    Accepted,
+    PrefillHandoffs,
+    RoomAnswered,
+    RoomExpected,
+    RoomsLost,
+    SourceFree,
+    Stop,
+)
+from pd.scheduler.handoff_base import LEG_DROPPED, MAX_RID, handoff_log
 from pd.scheduler.request import Request, State, first_choices
-from pd.types import HandoffId
+from pd.scheduler.rooms import Leg, Outcome, Problem, Result, Rooms, label_of
+from pd.types import FinishReason, HandoffId
 
 
 class PrefillSide:
-    """Glue between the hand-off machine and the batch. Owns the map from hand-off to request."""
+    """Glue between the hand-off machine, the batch and the rooms. Owns the map from hand-off to request."""
 
     def __init__(self, core: Core, handoffs: PrefillHandoffs) -> None:
         self.core, self.handoffs = core, handoffs
+        self.rooms = Rooms(core.settings.control.bootstrap_timeout)
         self._requests: dict[HandoffId, Request] = {}
         self._next = 0
+        self._left: list[tuple[int, bool]] = []  # keys of legs that ended in this event; whether their client did it
+        core.ended = self._ended
         core.batcher.pusher = self._push
 
     def __len__(self) -> int:
@@ -40,11 +53,20 @@ class PrefillSide:
             self._accepted(now, notice)
         elif isinstance(notice, Stop):
             self._stop(notice.id)
+            self.rooms.stopped(now, notice.id)
         elif isinstance(notice, SourceFree):
             request = self._requests.pop(notice.id, None)
             if request is not None:
                 self.core.batcher.leave(request)
                 self.core.remove(request)
+        elif isinstance(notice, RoomExpected):
+            self.rooms.expected(now, notice.room, notice.session)
+        elif isinstance(notice, RoomAnswered):
+            message = notice.message
+            self.rooms.answered(now, message.room, notice.session, message.prompt, self._outcome(message))
+        elif isinstance(notice, RoomsLost):
+            self.rooms.lost(now, notice.session, notice.reason)
+        self.settle()
 
     def _accepted(self, now: float, notice: Accepted) -> None:
         message = notice.message
@@ -69,6 +91,9 @@ class PrefillSide:
         self._requests[notice.id] = request
         request.first_block = message.first_block
         self.core.add(request, now)
+        if message.room >= 0:
+            prompt = message.tokens_i32[: 4 * message.prompt_len]
+            self.rooms.asked(now, message.room, notice.id, notice.session, label_of(prompt))
 
     def _stop(self, id: HandoffId) -> None:
         """Stop computing; the blocks stay until `SourceFree`."""
@@ -116,10 +141,72 @@ class PrefillSide:
         if chunk.last:
             id = request.remote
             assert id is not None
-            choices = first_choices(request, tokens, logprobs)
-            self.handoffs.first_token(now, id, choices, request.cached, request.merged_prompt_logprobs())
+            choices, of_prompt = first_choices(request, tokens, logprobs), request.merged_prompt_logprobs()
+            self.handoffs.first_token(now, id, choices, request.cached, of_prompt)
+            self.rooms.first_token(now, id, Result(tuple(choices), request.cached, of_prompt))
+            self.settle()
             pages = self.core.batcher.pages(request.known)
             self.handoffs.computed(now, id, [request.tail_digests[p] for p in range(request.first_block, pages)])
+
+    # --- legs: requests of clients, which are computed for the decode instance that asks for the same room ---
+
+    def leg_came(self, now: float, request: Request) -> None:
+        request.state = State.LEG
+        self.core.adopt(request, now)
+        self.core.log("leg_came", rid=request.rid, room=request.room)
+        self.rooms.came(now, Leg(request.key, request.room, label_of(request.tokens)))
+        self.settle()
+
+    def _ended(self, request: Request, finish: Finish) -> None:
+        if request.state is State.LEG:
+            self._left.append((request.key, finish.reason is FinishReason.ABORT))
+
+    def let_go(self, now: float) -> None:
+        """Of legs whose end has another reason than the rooms'. One that its client dropped cancels the hand-off."""
+        for key, dropped in self._left:
+            id = self.rooms.left(now, key)
+            if id is not None and dropped:
+                self.handoffs.fail(now, id, LEG_DROPPED, retryable=False)
+        self._left.clear()
+
+    def tick(self, now: float) -> None:
+        self.rooms.tick(now)
+        self.settle()
+
+    def drain(self) -> None:
+        self.rooms.drain()
+        self.settle()
+
+    def settle(self) -> None:
+        for settled in self.rooms.take():
+            request, outcome = self.core.requests[settled.key], settled.outcome
+            if isinstance(outcome, Problem):
+                self.core.fail(request, outcome.message, outcome.status)
+            else:
+                self._answer_leg(request, outcome)
+
+    def _answer_leg(self, request: Request, result: Result) -> None:
+        """The first token is all that a leg gets. Its finish is that of the request, else length, as SGLang's is."""
+        core = self.core
+        problem = strange_result(result, request, core.vocab_size)
+        if problem:
+            core.fail(request, f"the first token of its bootstrap_room does not fit the request: {problem}", 502)
+            return
+        first = result.choices[0]
+        request.cached = result.cached_tokens
+        request.prompt_logprobs = [result.prompt_logprobs] if result.prompt_logprobs is not None else []
+        core.outputs.started(request)
+        core.outputs.row(request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
+        finish = first.finish
+        core.finish(request, finish if finish and finish.reason is FinishReason.STOP else Finish(FinishReason.LENGTH))
+
+    @staticmethod
+    def _outcome(message: Answered) -> Outcome:
+        """What a decode instance says of a leg."""
+        if not message.choices:
+            status = message.status if 400 <= message.status < 600 else 503
+            return Problem(status, f"the decode instance could not answer: {message.reason}")
+        return Result(tuple(message.choices), message.cached_tokens, message.prompt_logprobs)
 
 
 def split_digests(done: StepDone, chunks: list[Chunk]) -> list[list[int]]:

@@ -179,6 +179,9 @@ def books(core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) ->
             states = decode.handoffs.audit().states  # with the pool
         else:
             states = prefill.handoffs.audit() if prefill is not None else {}
+            if prefill is not None:
+                prefill.rooms.audit(id for ids in states.values() for id in ids)
+                figures["rooms"] = len(prefill.rooms)
             core.pool.audit()
             strangers = counts["incoming"] + counts["quarantined"]
             assert not strangers, f"{strangers} blocks are granted by an instance that grants none"

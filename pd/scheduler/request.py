@@ -18,6 +18,7 @@ class State(enum.Enum):
     ASKED = "asked"  # a prefill instance computes it (decode side)
     PREFILL = "prefill"  # its prompt is being computed here
     RUNNING = "running"  # decoding
+    LEG = "leg"  # a foreign router's leg to a prefill instance: it waits for the hand-off of its room
     PUSHING = "pushing"  # prompt computed; its blocks are held until no push reads them (prefill side)
     GONE = "gone"
 
@@ -48,6 +49,7 @@ class Request:
         "inserted",
         "key",
         "left",
+        "leg",
         "logprob_start",
         "max_tokens",
         "ordered",
@@ -99,6 +101,7 @@ class Request:
         self.priority = 0
         self.salt = ""
         self.room = -1
+        self.leg = ""  # decode side: endpoint of the prefill instance whose leg waits for this request's first token
         self.age = 0
         self.replay = False
         self.started = False

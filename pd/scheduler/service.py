@@ -105,7 +105,9 @@ class Service:
             return self.links.listen(port)
         except zmq.ZMQError as error:
             raise ConfigError(
-                "--control-port", f"cannot listen on {self.config.control_host}:{port}: {error.strerror}"
+                "--control-port",
+                f"cannot listen on {self.config.control_host}:{port}: {error.strerror}",
+                "give each prefill instance of a host a port of its own (--disaggregation-bootstrap-port is the same)",
             ) from error
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pd.messages import Answer, Finish, FirstToken, LogprobRow, StepDone, Submit, TokenLogprobs
+from pd.messages import Answer, Finish, FirstChoice, FirstToken, LogprobRow, StepDone, Submit, TokenLogprobs
 from pd.scheduler import events as ev
 from pd.scheduler import report
 from pd.scheduler.actions import Action, Exit, Reply, RunStep, Transfer
@@ -69,6 +69,8 @@ class Scheduler:
         core = self.core
         if core is not None and not self._exited:
             now = event.now
+            if self.prefill is not None:
+                self.prefill.let_go(now)
             self._notices(now)
             assert self.admission is not None
             self.admission.run(now)
@@ -78,6 +80,8 @@ class Scheduler:
                 if self.prefill is not None:
                     self.prefill.handoffs.ordered(order.step)
             core.outputs.flush(self.out)
+            if self.decode is not None:
+                self.decode.tell_legs(now)
             if self.state is InstanceState.DRAINING:
                 self._maybe_exit(now)
         out = self.out[:]
@@ -114,6 +118,8 @@ class Scheduler:
             self._exit(0, "drained before it was ready")
         else:
             self._reporter.publish(event.now, self.state, force=True)
+        if self.prefill is not None:
+            self.prefill.drain()
 
     def _maybe_exit(self, now: float) -> None:
         core = self.core
@@ -163,10 +169,10 @@ class Scheduler:
             self._reject(submit, *problem)
             return
         request = Request(submit.key, submit.rid, submit.tokens_i32, tokens, submit.sampling)
-        room = min(core.capacity_tokens, self.settings.context_length) - tokens
-        request.max_tokens = submit.sampling.max_tokens or room
+        left = min(core.capacity_tokens, self.settings.context_length) - tokens
+        request.max_tokens = submit.sampling.max_tokens or left
         if not submit.sampling.max_tokens:
-            request.sampling = msgspec.structs.replace(submit.sampling, max_tokens=room)
+            request.sampling = msgspec.structs.replace(submit.sampling, max_tokens=left)
         request.choices = submit.choices
         request.logprob_start = submit.logprob_start
         request.prompt_top_logprobs = submit.prompt_top_logprobs
@@ -175,11 +181,16 @@ class Scheduler:
         request.idle_timeout = submit.idle_timeout_ms / 1000
         if submit.client_timeout_ms is not None:
             request.deadline = event.now + submit.client_timeout_ms / 1000
+        if self.prefill is not None:
+            self.prefill.leg_came(event.now, request)
+            return
         core.add(request, event.now)
+        if self.decode is not None:
+            self.decode.has_leg(request)
 
     def _problem(self, submit: Submit, tokens: int, core: Core) -> tuple[int, str, str | None, str | None] | None:
         """(status, message, param, code) when the request can never be served here."""
-        if self.settings.role is Role.PREFILL:
+        if self.settings.role is Role.PREFILL and submit.room < 0:
             return 400, "this is a prefill instance: send requests to a decode instance or the router", None, None
         if submit.choices != 1:
             return 400, "n: only 1 is supported", "n", None
@@ -192,17 +203,20 @@ class Scheduler:
         if tokens >= bound:
             message = f"the prompt has {tokens} tokens; at most {bound - 1} fit beside one output token"
             return 400, message, "prompt", "context_length_exceeded"
-        if tokens + submit.sampling.max_tokens > bound:
+        if tokens + submit.sampling.max_tokens > bound and self.settings.role is not Role.PREFILL:
             message = f"prompt ({tokens}) and max_tokens ({submit.sampling.max_tokens}) exceed {bound} tokens"
             return 400, message, "max_tokens", "context_length_exceeded"
-        if len(core.waiting) >= self.settings.scheduler.max_queued_requests:
-            return 503, f"{len(core.waiting)} requests are waiting already; try again later", None, "overloaded"
+        waiting = len(core.waiting) if self.prefill is None else self.prefill.rooms.legs
+        if waiting >= self.settings.scheduler.max_queued_requests:
+            return 503, f"{waiting} requests are waiting already; try again later", None, "overloaded"
         return None
 
     def _reject(
         self, submit: Submit, status: int, message: str, param: str | None = None, code: str | None = None
     ) -> None:
         self.out.append(report.rejection(submit.key, status, message, param, code))
+        if self.decode is not None:
+            self.decode.refused(submit, status, message)
 
     def _abort(self, event: ev.AbortRequested) -> None:
         request = self.core.requests.get(event.key) if self.core is not None else None
@@ -330,6 +344,9 @@ class Scheduler:
             core.outputs.started(request)
         core.outputs.row(request, raw[:4], logprobs)
         finish = request.finish_of(token)
+        if request.leg:
+            assert self.decode is not None
+            self.decode.answer_leg(request, [FirstChoice(token, logprobs, finish)])
         if finish is not None:
             if self.decode is not None:
                 self.decode.drop(now, request, "finished with its first token")
@@ -377,6 +394,7 @@ class Scheduler:
     def _session_up(self, event: ev.SessionUp) -> None:
         if self.decode is not None:
             self.decode.handoffs.session_up(event.now, event.endpoint, event.welcome)
+            self.decode.session_up(event.now, event.endpoint)
         self._peers_changed()
 
     def _session_refused(self, event: ev.SessionRefused) -> None:
@@ -429,6 +447,8 @@ class Scheduler:
         for side in (self.prefill, self.decode):
             if side is not None:
                 side.handoffs.tick(event.now)
+        if self.prefill is not None:
+            self.prefill.tick(event.now)
         assert self._reporter is not None
         self._reporter.publish(event.now, self.state)
         assert self.admission is not None

@@ -243,6 +243,7 @@ class SimCluster:
         self.corruption = 0.0
         self.clients: dict[int, Client] = {}
         self.prompts: dict[int, tuple[list[int], SamplingParams, Node]] = {}
+        self.legs: set[int] = set()  # those of `clients` that get the first token only
         self.sessions: dict[int, _Session] = {}
         self._dials: dict[int, tuple[Node, str, Node]] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -466,6 +467,12 @@ class SimCluster:
         decode.event(lambda now: ev.RequestSubmitted(now, submit))
         return client
 
+    def submit_leg(self, prefill: Node, prompt: Iterable[int], max_tokens: int, room: int, **more: object) -> Client:
+        """What a foreign router sends to the prefill instance; `submit` with the same room is the other half."""
+        client = self.submit(prefill, prompt, max_tokens, prefills=(), room=room, **more)  # type: ignore[arg-type]
+        self.legs.add(next(k for k, c in self.clients.items() if c is client))
+        return client
+
     def abort(self, client: Client) -> None:
         key = next(k for k, c in self.clients.items() if c is client)
         owner = self.prompts[key][2]
@@ -504,7 +511,7 @@ class SimCluster:
         """Every token that a client saw is the right one; a finished request has all of them."""
         for key, client in self.clients.items():
             prompt, sampling, _ = self.prompts[key]
-            want = reference_tokens(prompt, sampling, sampling.max_tokens)
+            want = reference_tokens(prompt, sampling, 1 if key in self.legs else sampling.max_tokens)
             assert client.tokens == want[: len(client.tokens)], f"request {key}: wrong tokens"
             if client.finish is not None and client.finish.reason in (m.FinishReason.STOP, m.FinishReason.LENGTH):
                 assert client.tokens == want, f"request {key}: {len(client.tokens)} of {len(want)} tokens"

@@ -351,6 +351,18 @@ def test_a_room_joins_the_batch_and_names_the_prefill(run_async, model):
             )
             assert [s.room for s in at.scheduler.submits[2:]] == [5, 6]
             assert at.scheduler.submits[2].prefills == ("tcp://p0:1", "tcp://p1:2", "tcp://h:9000")
+            lists = {
+                "bootstrap_host": ["h", "h", "i", "i"],
+                "bootstrap_port": [1, 1, 2, 2],
+                "bootstrap_room": [6, 7, 8, 9],
+            }
+            await at.client.post("/v1/completions", json={"prompt": ["a", "b"], **lists})
+            found = [(s.room, s.prefills) for s in at.scheduler.submits[4:]]
+            assert found == [(6, ("tcp://h:1",)), (8, ("tcp://i:2",))], "a room per choice: a prompt goes by its first"
+            await at.client.post("/v1/completions", json={"prompt": ["a", "b"], "bootstrap_room": (1 << 63) - 1})
+            assert [s.room for s in at.scheduler.submits[6:]] == [(1 << 63) - 1, 0]
+            wrong = await at.client.post("/v1/completions", json={"prompt": ["a", "b"], "bootstrap_room": [1, 2, 3]})
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "bootstrap_room")
 
     run_async(main())
 

@@ -87,3 +87,5 @@ def test_a_port_that_is_taken(model: str, tmp_path: Path, flag: str, more: tuple
         code, line = said(["serve", model, flag, port, *more, *control, *small], tmp_path)
     assert line.startswith(f"pd: {flag}: cannot listen on 127.0.0.1:{port}: ") and code == 2
     assert "ddress already in use" in line
+    if flag == "--control-port":
+        assert "give each prefill instance of a host a port of its own (--disaggregation-bootstrap-port" in line

@@ -6,8 +6,11 @@ import msgspec
 import pytest
 
 from pd import messages as m
+from pd.scheduler.first_token import strange_result
 from pd.scheduler.handoff import AttemptFailed, FirstTokenCame
 from pd.scheduler.handoff_base import to_i32
+from pd.scheduler.request import Request
+from pd.scheduler.rooms import Result
 from pd.types import HandoffId, SamplingParams
 from tests.handoff_kit import Decode
 
@@ -76,3 +79,21 @@ def test_what_a_peer_says_of_a_first_token_is_checked_before_anything_relies_on_
     (notice,) = d.notices
     assert isinstance(notice, AttemptFailed) and notice.retryable and problem in notice.reason
     assert m.Cancel(id) in d.sent() and d.counts() == (17, 3, 0), "its blocks come back when the peer says so"
+
+
+@pytest.mark.parametrize(
+    ("problem", "found"),
+    [
+        ("", first()),
+        ("outside the vocabulary", first(100)),
+        ("10 cached tokens of 10", first(cached=10)),
+        ("alternatives", first(prompt_tops=m.TopLogprobs(1, to_i32([5]), bytes(4)))),
+        ("no logprobs", m.FirstToken(HandoffId(0, 0, 0), [m.FirstChoice(5)], 0)),
+        ("2 first tokens", m.FirstToken(HandoffId(0, 0, 0), [m.FirstChoice(5, first().choices[0].logprobs)] * 2, 0)),
+    ],
+)
+def test_what_a_leg_is_given_must_fit_its_request(problem: str, found: m.FirstToken) -> None:
+    request = Request(1, "r", to_i32(range(10)), 10, WANTED)
+    result = Result(tuple(found.choices), found.cached_tokens, found.prompt_logprobs)
+    said = strange_result(result, request, 100)
+    assert problem in said and bool(problem) == bool(said)

@@ -418,12 +418,10 @@ def test_a_backend_without_its_library_is_refused_where_it_would_be_used() -> No
 
 #: Flags that do not act on every instance: those on which they do.
 ACT_ON = {
-    "--max-queued-requests": "decode unified",
     "--local-prefill": "decode",
     "--local-prefill-tokens": "decode",
     "--local-prefill-queue": "decode",
     "--reserve-blocks": "decode unified",
-    "--request-timeout": "decode unified",
     "--transfer": "prefill decode",
     "--disaggregation-transfer-backend": "prefill decode",
     "--ib-device": "prefill decode",
@@ -437,7 +435,7 @@ ACT_ON = {
     "--disaggregation-bootstrap-port": "prefill decode",  # SGLang's decode lines have it
     "--cluster-secret": "prefill decode",
     "--insecure-control-plane": "prefill decode",
-    "--bootstrap-timeout": "",
+    "--bootstrap-timeout": "prefill",
     "--waiting-timeout": "decode",
     "--heartbeat-interval": "decode",
     "--heartbeat-max-failure": "prefill decode",
@@ -467,7 +465,7 @@ def test_a_flag_acts_on_the_role_or_is_refused_by_its_name_and_a_variable_is_nev
         return
     error = refusal(lambda _: parse(ServeConfig, [*line, *words], {}, backends=BACKENDS), "")
     assert error.field == flag
-    assert error.problem in (f"it does nothing on {role} instances", "it has no effect yet, on any instance")
+    assert error.problem == f"it does nothing on {role} instances"
     assert error.remedy.startswith("leave it out")
 
 
@@ -490,7 +488,7 @@ def test_in_a_cluster_a_flag_acts_where_one_of_the_instances_uses_it() -> None:
     for line, problem in (
         ("--prefill 0 --transfer-threads 2", "it does nothing on decode instances"),
         ("--unified 1 --transfer-memory shm", "it does nothing on unified instances"),
-        ("--bootstrap-timeout 7", "it has no effect yet, on any instance"),
+        ("--prefill 0 --bootstrap-timeout 7", "it does nothing on decode instances"),
     ):
         error = refusal(up, "/m " + line)
         assert (error.field, error.problem) == (line.split()[-2], problem)
@@ -580,8 +578,8 @@ def test_flags_and_variables_mean_one_setting_each(config_type: type) -> None:
 def test_every_setting_can_be_set_by_flag_and_by_variable_and_says_what_it_is(config_type: type) -> None:
     for option in options(config_type):
         assert option.meta["help"]
-        if option.name in ("transfer", "ib_device", "transfer_memory") or not option.meta["roles"]:
-            continue  # tested elsewhere: they depend on each other, or have no effect yet
+        if option.name in ("transfer", "ib_device", "transfer_memory"):
+            continue  # tested elsewhere: they depend on each other
         words, text = _another_value(option)
         rest = [] if config_type is RouteConfig or option.name == "model" else ["--model", "/m"]
         if config_type is RouteConfig:

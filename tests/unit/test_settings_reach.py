@@ -24,8 +24,6 @@ from pd.scheduler.state import Scheduler
 from pd.testing.instance import TINY_MODEL, runner_ready
 from pd.transfer.engine import EngineConfig
 
-NOWHERE = ""  # instead of a finder
-
 GROUPS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
@@ -87,7 +85,7 @@ TABLE: dict[str, tuple[Any, Find | str]] = {
     "control.control_port": (4321, "scheduler/service.py"),
     "control.cluster_secret": ("whisper", lambda b: b.process.secret),
     "control.insecure_control_plane": (True, lambda b: b.option("insecure_control_plane") == "True"),
-    "control.bootstrap_timeout": (64.0, NOWHERE),
+    "control.bootstrap_timeout": (64.0, "scheduler/prefill_side.py"),
     "control.waiting_timeout": (65.0, lambda b: b.handoff.waiting_timeout),
     "control.heartbeat_interval": (1.5, lambda b: b.handoff.heartbeat_interval),
     "control.heartbeat_max_failure": (4, lambda b: b.handoff.heartbeat_max_failure),
@@ -162,13 +160,8 @@ def test_a_prefill_instance_computes_as_many_prompt_tokens_per_step_as_it_is_tol
 def test_settings_that_only_a_running_process_uses_are_read_where_the_table_says() -> None:
     root = Path(pd.__file__).parent
     for name, (_, find) in TABLE.items():
-        if isinstance(find, str) and find != NOWHERE:
+        if isinstance(find, str):
             assert f".{name.partition('.')[2]}" in (root / find).read_text(), f"{find} does not read {name}"
-
-
-def test_what_acts_nowhere_says_so_and_its_flag_is_refused() -> None:
-    roles = {f"{group}.{item.name}": item.metadata["roles"] for group, kind in GROUPS.items() for item in fields(kind)}
-    assert [name for name in TABLE if TABLE[name][1] == NOWHERE] == [name for name in roles if not roles[name]]
 
 
 def test_the_schedulers_and_the_runners_process_get_the_settings_as_they_are() -> None:
