@@ -33,7 +33,7 @@ def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
-    check_text(check(config.serve, load_plugins()))
+    check_text(check(config.serve, load_plugins()), config.serve.chat.chat_template)
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

@@ -52,7 +52,7 @@ def run(config: ServeConfig) -> int:
     configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
     plugins = load_plugins()
     model = check(config, plugins)
-    check_text(model)
+    check_text(model, config.chat.chat_template)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
 
 
@@ -72,9 +72,9 @@ def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
     )
 
 
-def check_text(model: ModelInfo) -> None:
-    """What only the api reads of the model's directory is sound, too. Raises ModelError."""
-    Tokenizer(model.path).close()
+def check_text(model: ModelInfo, chat_template: str = "") -> None:
+    """What only the api reads is sound, too: tokenizer, template, defaults. Raises ModelError, ConfigError."""
+    Tokenizer(model.path, chat_template).close()
     Defaults.read(model.path)
 
 
@@ -211,6 +211,7 @@ class _Plan:
             self._endpoint("api"),
             role=config.role,
             http=config.http,
+            chat=config.chat,
             page_size=config.cache.page_size,
             request_timeout=config.scheduler.request_timeout,
             log=config.log,
