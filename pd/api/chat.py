@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import uuid
@@ -170,7 +171,7 @@ class ChatPlan(OpenAIPlan):
 
     def usage(self, exchange: Exchange) -> dict[str, Any]:
         found = super().usage(exchange)
-        closing = self._context.tokenizer.single_id(CLOSING)
+        closing = self._context.tokenizer.added_id(CLOSING)
         if self._shape.thinks and self.takes_apart and closing is not None:
             counts = [self._thought_tokens(choice, closing) for choice in exchange.choices() if choice in self._thought]
             found["completion_tokens_details"] = {"reasoning_tokens": sum(counts)}
@@ -206,7 +207,7 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     messages = template_messages(request.messages)
     text = _render(context, request, messages, tools)
     shape = _shape(context, request, text, messages, tools, format)
-    wishes = _constrained(context, wishes, tools, format, shape)
+    wishes = await _constrained(context, wishes, tools, format, shape)
     # Templates write the begin-of-text token themselves.
     [tokens] = await context.tokenizer.encode([text], add_special_tokens=bool(request.add_special_tokens))
     builder = PromptBuilder(context, request, named_prefills(http), rid)
@@ -293,11 +294,11 @@ def _shape(
     )
 
 
-def _constrained(
+async def _constrained(
     context: Context, wishes: Wishes, tools: ToolWishes | None, format: CallFormat | None, shape: Shape
 ) -> Wishes:
     """With the grammar of the calls, or that of the answer; either begins after the thoughts."""
-    special_id, grammar = context.tokenizer.special_id, wishes.sampling.grammar
+    added_id, grammar = context.tokenizer.added_id, wishes.sampling.grammar
     if tools is not None and format is not None:
         if grammar:
             raise RequestError(
@@ -305,8 +306,10 @@ def _constrained(
                 'leave tools out or set tool_choice to "none"',
                 param="tools",
             )
-        grammar = call_grammar(format, tools, special_id)
-    grammar = after_thoughts(grammar, shape.begins, special_id)
+        if tools.constrained:
+            # Schemas are checked on the way, which takes its time with large ones.
+            grammar = await asyncio.to_thread(call_grammar, format, tools, added_id)
+    grammar = after_thoughts(grammar, shape.begins, added_id)
     return dataclasses.replace(wishes, sampling=msgspec.structs.replace(wishes.sampling, grammar=grammar))
 
 

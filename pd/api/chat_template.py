@@ -88,7 +88,7 @@ class ChatTemplate:
         }
         try:
             return self._template.render(values)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             # Messages come from the client: whatever they make the template do is the client's error.
             raise RequestError(f"the model's chat template refused the messages: {error}", param="messages") from error
 

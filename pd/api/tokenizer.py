@@ -66,9 +66,9 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._special = frozenset(
-            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = {token.content: token_id for token_id, token in added.items()}
         self._byte_level = _is_byte_level(described.decoder)
         self._pieces = TokenPieces(self._tokenizer.id_to_token)
         self._pieces_skipping: dict[frozenset[int], TokenPieces] = {}  # by what is shown; one or two are ever used
@@ -88,9 +88,9 @@ class Tokenizer:
         token_id = self._tokenizer.token_to_id(text)
         return token_id if token_id in self._special else None
 
-    def single_id(self, text: str) -> int | None:
-        """The id of a text that is one token, special or not."""
-        return self._tokenizer.token_to_id(text)
+    def added_id(self, text: str) -> int | None:
+        """The id of a token that was added to the vocabulary, special or not, and is never made of others."""
+        return self._added.get(text)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text. `encode_batch` releases the GIL where a plain `encode` holds it; long texts go to a

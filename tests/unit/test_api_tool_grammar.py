@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer as Library
 
 from pd.api.reasoning import Begins
 from pd.api.tools.formats import HERMES, LLAMA3, CallFormat
 from pd.api.tools.grammar import after_thoughts, call_grammar
 from pd.api.tools.request import ToolWishes, tool_wishes
 from pd.errors import RequestError
+from pd.testing import tiny_tokenizer
 
 BYTES = LLTokenizer("byte")
 CITY = {
@@ -106,7 +108,7 @@ def test_without_force_only_strict_functions_make_a_grammar() -> None:
     assert not any(accepts(grammar, text) for text in (bad, "{", weather + "x"))
 
 
-def test_markup_that_is_special_tokens_is_written_as_their_ids() -> None:
+def test_markup_in_tokens_of_its_own_is_written_as_their_ids() -> None:
     ids = {"<tool_call>": 5, "</tool_call>": 6, "<think>": 7, "</think>": 8, "<|python_tag|>": 9}
     strict = wishes([tool("now", strict=True)], choice="auto")
     for grammar in (
@@ -117,6 +119,29 @@ def test_markup_that_is_special_tokens_is_written_as_their_ids() -> None:
     ):
         assert LLMatcher.validate_grammar(grammar, None) == ""
         assert "<[" in grammar and '"<tool_call>"' not in grammar and "</think>" not in grammar
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_with_a_models_own_tokens_the_grammars_accept_what_its_tokenizer_makes_of_calls(special: bool) -> None:
+    library = Library.from_str(tiny_tokenizer.byte_level().to_str())
+    markup = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    (library.add_special_tokens if special else library.add_tokens)(markup)
+    tokenizer = LLTokenizer(library.to_str())
+
+    def accepted(grammar: str, text: str) -> bool:
+        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        tokens = library.encode(text, add_special_tokens=False).ids
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    now, bad = written(HERMES, "now", "{}"), written(HERMES, "then", "{}")
+    forced = call_grammar(HERMES, wishes(), library.token_to_id)
+    assert accepted(forced, now + "\n" + now) and not accepted(forced, bad)
+    inside = after_thoughts(forced, Begins.INSIDE, library.token_to_id)
+    assert accepted(inside, "Hm\n</think>\n\n" + now) and accepted(inside, "<think>Hm</think>" + now)
+    perhaps = after_thoughts(forced, Begins.PERHAPS, library.token_to_id)
+    assert accepted(perhaps, "<think>\nHm</think>\n\n" + now) and accepted(perhaps, now)
+    strict = call_grammar(HERMES, wishes([tool("now", strict=True)], choice="auto"), library.token_to_id)
+    assert accepted(strict, "Hi") and accepted(strict, f"Hm. {now} so") and not accepted(strict, "Hm. " + bad)
 
 
 def test_after_thoughts_the_grammar_holds() -> None:
@@ -148,6 +173,9 @@ def test_any_grammar_may_come_after_thoughts(grammar: str) -> None:
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
+DEEP: dict[str, Any] = {}
+for _ in range(500):
+    DEEP = {"items": DEEP}
 UNKNOWN = {"type": "object", "dependentRequired": {}}
 
 
@@ -158,6 +186,8 @@ UNKNOWN = {"type": "object", "dependentRequired": {}}
         (tool("f", {"type": "string"}), "parameters"),
         (tool("f", {"properties": {"a": {"type": "string", "pattern": "("}}}), "parameters"),
         (tool("f", UNKNOWN, strict=True), "parameters"),
+        (tool("f", {"properties": {"a": DEEP}}), "parameters"),
+        (tool("f", {"description": "x" * 70000}), "parameters"),
     ],
 )
 def test_a_schema_that_cannot_be_used_names_its_tool(broken: dict[str, Any], param: str) -> None:

@@ -35,6 +35,11 @@ class ToolWishes:
         return self.named or self.choice == "required"
 
     @property
+    def constrained(self) -> bool:
+        """Calls are held to a grammar: always, or once they are begun."""
+        return self.forced or any(function.strict for function in self.functions)
+
+    @property
     def names(self) -> frozenset[str]:
         """Of the functions that may be called."""
         return frozenset(function.name for _, function in self.callable())
