@@ -35,7 +35,7 @@ def run(config: UpConfig) -> int:
     configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
     plugins = load_plugins()
     config = replace(config, serve=located(config.serve, plugins))
-    check_text(check(config.serve, plugins))
+    check_text(check(config.serve, plugins), config.serve.chat.chat_template)
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

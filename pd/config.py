@@ -237,6 +237,28 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """What /v1/chat/completions makes of messages and outputs."""
+
+    chat_template: str = setting(
+        "",
+        "jinja2 file instead of the model's own chat template, or the template itself",
+        metavar="FILE",
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "how the model writes calls: hermes (also for Qwen), llama3, or auto: by the chat template",
+        choices=("auto", "hermes", "llama3"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "how thoughts and answer are separated: deepseek-r1 (every output begins with thoughts), qwen3 (those in "
+        "`<think>`), none, or auto: qwen3 if the chat template knows `<think>`",
+        choices=("auto", "deepseek-r1", "qwen3", "none"),
+    )
+
+
+@dataclass(frozen=True)
 class HttpConfig:
     host: str = setting("127.0.0.1", "HTTP address")
     port: int = setting(30000, "HTTP port (0: any)", at_least=0, at_most=65535)
@@ -271,6 +293,7 @@ class ServeConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     name: str = setting("", "instance name, for logs and peers (default: host and port)")
     fault: str = setting("", "folder of armed fault points, for tests", readme=False)

@@ -55,7 +55,7 @@ def run(config: ServeConfig) -> int:
     plugins = load_plugins()
     config = located(config, plugins)
     model = check(config, plugins)
-    check_text(model)
+    check_text(model, config.chat.chat_template)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
 
 
@@ -100,9 +100,9 @@ def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
     )
 
 
-def check_text(model: ModelInfo) -> None:
-    """What only the api reads of the model's directory is sound, too. Raises ModelError."""
-    Tokenizer(model.path).close()
+def check_text(model: ModelInfo, chat_template: str = "") -> None:
+    """What only the api reads is sound, too: tokenizer, template, defaults. Raises ModelError, ConfigError."""
+    Tokenizer(model.path, chat_template).close()
     Defaults.read(model.path)
 
 
@@ -250,6 +250,7 @@ class Plan:
             workers=workers,
             shared=str(self.folder),
             http=http,
+            chat=config.chat,
             page_size=config.cache.page_size,
             request_timeout=config.scheduler.request_timeout,
             log=config.log,

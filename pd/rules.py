@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.config import ROLES, ControlConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import ROLES, ChatConfig, ControlConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
 Given = Mapping[tuple[str, ...], str]
@@ -57,6 +57,7 @@ def _serve(config: ServeConfig, given: Given, backends: Mapping[str, Backend] | 
     _check_revision(config.model, given)
     _check_local_prefill(config.scheduler.local_prefill, given.get(("scheduler", "local_prefill"), "--local-prefill"))
     _check_control_host(config.control, given.get(("control", "control_host"), "--control-host"))
+    config = replace(config, chat=_with_template(config.chat, given.get(("chat", "chat_template"), "--chat-template")))
     return _with_transfer(config, given, backends, used=config.role != "unified")
 
 
@@ -94,6 +95,20 @@ def _check_revision(model: ModelConfig, given: Given) -> None:
     source = given.get(("model", "revision"), "")
     if model.revision and source.startswith("-") and Path(model.model).is_dir():
         raise ConfigError(source, f"{model.model} is a directory", "leave it out: it is for models from the hub")
+
+
+def _with_template(chat: ChatConfig, source: str) -> ChatConfig:
+    """The template itself where a file was named: braces tell the two apart."""
+    given = chat.chat_template
+    if not given or "{{" in given or "{%" in given:
+        return chat
+    try:
+        template = Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(source, f"{given!r} cannot be read: {error}", "name a jinja2 file") from error
+    if not template.strip():
+        raise ConfigError(source, f"{given!r} is empty")
+    return replace(chat, chat_template=template)
 
 
 def _check_local_prefill(text: str, source: str) -> None:
@@ -231,6 +246,7 @@ def _up(
     inner = {path[1:]: source for path, source in given.items() if path[0] == "serve"}
     _check_revision(serve.model, inner)
     _check_local_prefill(serve.scheduler.local_prefill, inner.get(("scheduler", "local_prefill"), "--local-prefill"))
+    serve = replace(serve, chat=_with_template(serve.chat, inner.get(("chat", "chat_template"), "--chat-template")))
     serve = _with_transfer(serve, inner, backends, used=not config.unified)
     _check_policies(config.route, given, ("route",), policies)
     return replace(config, serve=serve)

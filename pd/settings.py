@@ -24,7 +24,12 @@ _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 _WORDS = {int: "a whole number", float: "a number", bool: "a switch (1 or 0)"}
 #: Other spellings of a value, by field.
-_SPELLINGS = {"role": {"null": "unified"}, "dtype": {"half": "float16", "float": "float32"}}
+_SPELLINGS = {
+    "role": {"null": "unified"},
+    "dtype": {"half": "float16", "float": "float32"},
+    "tool_call_parser": {"qwen": "hermes", "qwen25": "hermes", "llama3_json": "llama3"},
+    "reasoning_parser": {"deepseek_r1": "deepseek-r1"},
+}
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class CompletionPlan(OpenAIPlan):
             found = self._formats[choice] = CompletionLogprobs(self._context.tokenizer, self._top or 0)
         return found.format(choice.ids, choice.logprobs, begin)
 
-    def whole_choice(self, text: str) -> dict[str, Any]:
+    def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         return {"text": text}
 
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import msgspec
 
+from pd.api.chat_template import ChatTemplates
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
 from pd.api.http import Http
 from pd.api.metrics import Latencies
 from pd.api.params import ModelLimits, SamplingFields, Wishes, mint_seed
+from pd.api.reasoning import parser_for
 from pd.api.tokenizer import Tokenizer
+from pd.api.tools.formats import FORMATS, CallFormat, format_for
 from pd.errors import RequestError
 
 DEFAULT_BOOTSTRAP_PORT = 8998  # what a null bootstrap_port means
@@ -50,6 +53,23 @@ class Served:
 
 
 @dataclass(frozen=True)
+class ChatFormats:
+    """How this model writes calls (None: no format is known) and thoughts ("": it has none that are marked)."""
+
+    calls: CallFormat | None = None
+    reasoning: str = ""
+
+    @classmethod
+    def of(cls, templates: ChatTemplates, tool_call_parser: str, reasoning_parser: str) -> ChatFormats:
+        """By the settings, or by what the chat templates say where these are "auto"."""
+        auto = tool_call_parser == "auto"
+        calls = format_for(templates.source) if auto else FORMATS[tool_call_parser]
+        if reasoning_parser == "auto":
+            return cls(calls, parser_for(templates.source))
+        return cls(calls, "" if reasoning_parser == "none" else reasoning_parser)
+
+
+@dataclass(frozen=True)
 class Context:
     """Made once per process. `finished` is called with each generating request's summary; it must not block."""
 
@@ -59,6 +79,7 @@ class Context:
     served: Served
     limits: Limits = field(default_factory=Limits)
     finished: Callable[[dict[str, Any]], None] = lambda summary: None
+    chat: ChatFormats = field(default_factory=ChatFormats)
 
 
 class RequestFields(SamplingFields, kw_only=True):
@@ -158,6 +179,7 @@ class PromptBuilder:
         default_max_tokens: int | None = None,
         logprob_start: int = -1,
         prompt_top_logprobs: int = 0,
+        shown_tokens: frozenset[int] = frozenset(),
     ) -> Prompt:
         """`field` is the prompt's name in this API, for errors."""
         limits = self.context.served.limits
@@ -188,6 +210,7 @@ class PromptBuilder:
             room=room,
             priority=self.fields.priority or 0,
             salt=self.fields.cache_salt or self.fields.extra_key or "",
+            shown_tokens=shown_tokens,
         )
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:

@@ -34,6 +34,7 @@ class Prompt:
     room: int = -1
     priority: int = 0
     salt: str = ""
+    shown_tokens: frozenset[int] = frozenset()  # special tokens that are text although others are skipped
 
 
 #: Alternatives at one position: (token ids, logprobs), most likely first.

@@ -69,6 +69,7 @@ class OpenAIPlan(abc.ABC):
     object_chunk: ClassVar[str]
     text_form: ClassVar[tuple[bytes, bytes]]
     empty: ClassVar[bytes]
+    takes_apart = False  # the output is more than text: see `members`
 
     def __init__(self, context: Context, request: OpenAIRequest, rid: str, prompts: list[Prompt]) -> None:
         options = request.stream_options
@@ -99,19 +100,29 @@ class OpenAIPlan(abc.ABC):
         """Of the tokens from `begin` on, in the endpoint's form."""
 
     @abc.abstractmethod
-    def whole_choice(self, text: str) -> dict[str, Any]:
+    def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         """The member that holds an unstreamed choice's text."""
+
+    def members(self, choice: Choice, text: str) -> list[bytes]:
+        """With `takes_apart`: what this new text means, as members of stream chunks; none while that is not known."""
+        raise NotImplementedError
+
+    def finish_reason(self, choice: Choice) -> str:
+        assert choice.finish is not None
+        return choice.finish.reason.value
+
+    def usage(self, exchange: Exchange) -> dict[str, Any]:
+        return usage(exchange)
 
     def whole(self, exchange: Exchange) -> Any:
         choices = []
         for index, choice in enumerate(exchange.choices()):
-            assert choice.finish is not None
             choices.append(
                 {
                     "index": index,
-                    **self.whole_choice(choice.take_text()),
+                    **self.whole_choice(choice, choice.take_text()),
                     "logprobs": self.logprobs(choice, 0) if self.wants_logprobs() else None,
-                    "finish_reason": choice.finish.reason.value,
+                    "finish_reason": self.finish_reason(choice),
                     "matched_stop": choice.matched,
                 }
             )
@@ -121,7 +132,7 @@ class OpenAIPlan(abc.ABC):
             "created": self._created,
             "model": self._model,
             "choices": choices,
-            "usage": usage(exchange),
+            "usage": self.usage(exchange),
         }
 
     def opening(self, exchange: Exchange) -> bytes:
@@ -135,28 +146,47 @@ class OpenAIPlan(abc.ABC):
             if choice.finish is None and not text:
                 continue
             index = choice.generation.index
-            if plain and choice.finish is None:
+            if self.takes_apart:
+                chunks += self._apart(exchange, choice, index, self.members(choice, text))
+            elif plain and choice.finish is None:
                 chunks.append(self._template.text(index, text))
             else:
                 chunks.append(self._full_chunk(exchange, choice, index, text))
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _full_chunk(self, exchange: Exchange, choice: Choice, index: int, text: str) -> bytes:
-        logprobs = None
-        if self.wants_logprobs():
-            logprobs = self.logprobs(choice, self._shown.get(choice, 0))
-            self._shown[choice] = len(choice.ids)
         return self._template.chunk(
             index,
             text=text,
-            logprobs=logprobs,
-            finish=choice.finish.reason.value if choice.finish is not None else None,
+            logprobs=self._new_logprobs(choice),
+            finish=self.finish_reason(choice) if choice.finish is not None else None,
             matched=choice.matched,
-            usage=usage(exchange) if self._continuous else None,
+            usage=self.usage(exchange) if self._continuous else None,
         )
 
+    def _new_logprobs(self, choice: Choice) -> Any:
+        """Of the tokens that no chunk has shown yet."""
+        if not self.wants_logprobs():
+            return None
+        begin, self._shown[choice] = self._shown.get(choice, 0), len(choice.ids)
+        return self.logprobs(choice, begin)
+
+    def _apart(self, exchange: Exchange, choice: Choice, index: int, members: list[bytes]) -> list[bytes]:
+        """A chunk for each member, and one of its own for the end; the new logprobs come with the first."""
+        end = choice.finish is not None
+        chunks: list[bytes] = []
+        used = self.usage(exchange) if self._continuous else None
+        for member in members:
+            logprobs = None if chunks else self._new_logprobs(choice)
+            chunks.append(self._template.chunk(index, member=member, logprobs=logprobs, usage=used))
+        if end:
+            logprobs = None if chunks else self._new_logprobs(choice)
+            finish, matched = self.finish_reason(choice), choice.matched
+            chunks.append(self._template.chunk(index, logprobs=logprobs, finish=finish, matched=matched, usage=used))
+        return chunks
+
     def closing(self, exchange: Exchange) -> bytes:
-        return self._template.usage(usage(exchange)) + DONE if self._include_usage else DONE
+        return self._template.usage(self.usage(exchange)) + DONE if self._include_usage else DONE
 
 
 def check_shared(context: Context, request: OpenAIRequest) -> None:

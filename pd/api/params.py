@@ -85,17 +85,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_regex": ("",),
     "guided_choice": ([],),
     "guided_grammar": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "documents": ([],),
     "chat_template": ("",),
-    "continue_final_message": (False,),
     "lora_path": ("", []),
     "lora_request": (),
     "image_data": ([],),
@@ -104,6 +100,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "input_embeds": ([],),
     "session_params": ({},),
     "kv_transfer_params": ({},),
+}
+
+
+#: What to do instead, where there is something.
+_INSTEAD = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "chat_template": "the server is started with --chat-template",
 }
 
 
@@ -116,7 +120,10 @@ def refuse_unsupported(fields: msgspec.Struct, prefix: str = "") -> None:
         value = getattr(fields, name)
         if value is None or any(value == same and type(value) is type(same) for same in neutral):
             continue
-        raise RequestError(f"{prefix}{name} is not supported", param=prefix + name, code="unsupported_parameter")
+        instead = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
+        raise RequestError(
+            f"{prefix}{name} is not supported{instead}", param=prefix + name, code="unsupported_parameter"
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 
 from pd.api.app import App
-from pd.api.context import Context, Limits, Served
+from pd.api.context import ChatFormats, Context, Limits, Served
 from pd.api.engine import Engine, SchedulerChannel
 from pd.api.exchange import Prompt
 from pd.api.metrics import Latencies
@@ -23,7 +23,7 @@ from pd.api.params import Defaults, ModelLimits
 from pd.api.server import HttpServer, bind
 from pd.api.tokenizer import Tokenizer
 from pd.child import ChildContext
-from pd.config import HttpConfig, LogConfig
+from pd.config import ChatConfig, HttpConfig, LogConfig
 from pd.errors import ConfigError, ProcessError
 from pd.ipc.channel import Channel
 from pd.ipc.codec import Codec
@@ -55,6 +55,7 @@ class ApiConfig:
     page_size: int = 32
     request_timeout: float = 600.0  # longest time without a new token, seconds
     limits: Limits = field(default_factory=Limits)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ class Service:
 
     def __init__(self, config: ApiConfig, channel: SchedulerChannel, finished: Finished) -> None:
         self.config = config
-        self.tokenizer = Tokenizer(config.model.path)
+        self.tokenizer = Tokenizer(config.model.path, config.chat.chat_template)
         latencies = Latencies.shared(Path(config.shared), config.worker) if config.workers > 1 else Latencies()
         self.engine = Engine(
             channel,
@@ -111,11 +112,14 @@ class Service:
             worker=config.worker,
             idle_timeout_s=config.request_timeout,
         )
-        context = Context(self.engine, self.tokenizer, latencies, served(config), config.limits, finished)
+        formats = ChatFormats.of(self.tokenizer.templates, config.chat.tool_call_parser, config.chat.reasoning_parser)
+        context = Context(self.engine, self.tokenizer, latencies, served(config), config.limits, finished, formats)
         self.app = App(context, _report)
 
     def _detokenizer(self, prompt: Prompt) -> Any:
-        return self.tokenizer.detokenizer(prompt.tokens, skip_special_tokens=prompt.skip_special_tokens)
+        return self.tokenizer.detokenizer(
+            prompt.tokens, skip_special_tokens=prompt.skip_special_tokens, shown=prompt.shown_tokens
+        )
 
     async def run(
         self,

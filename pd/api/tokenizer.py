@@ -14,7 +14,7 @@ import jinja2
 import msgspec
 import tokenizers
 
-from pd.api.chat_template import ChatTemplate
+from pd.api.chat_template import ChatTemplate, ChatTemplates
 from pd.api.detokenizer import (
     CONTEXT_TOKENS,
     ByteLevelDetokenizer,
@@ -22,7 +22,7 @@ from pd.api.detokenizer import (
     TokenPieces,
     WindowDetokenizer,
 )
-from pd.errors import ModelError
+from pd.errors import ConfigError, ModelError
 
 #: Texts up to this many characters are tokenised on the event loop: a thread's round trip costs more than they do.
 INLINE_CHARACTERS = 1024
@@ -48,8 +48,10 @@ def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
 class Tokenizer:
     """Encoding, decoding and the chat template of one model. Safe to use from the loop and a thread at once."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Raises ModelError when the directory has no usable tokenizer.json."""
+    def __init__(self, path: str | Path, chat_template: str = "") -> None:
+        """`chat_template` goes before the model's own. Raises ModelError when the directory has no usable
+        tokenizer.json, ConfigError for a `chat_template` that does not compile.
+        """
         directory = Path(path)
         file = directory / "tokenizer.json"
         try:
@@ -64,17 +66,31 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self._special = frozenset(
-            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._added = {token.content: token_id for token_id, token in added.items()}
         self._byte_level = _is_byte_level(described.decoder)
         self._pieces = TokenPieces(self._tokenizer.id_to_token)
-        self._pieces_skipping = TokenPieces(self._tokenizer.id_to_token, self._special)
+        self._pieces_skipping: dict[frozenset[int], TokenPieces] = {}  # by what is shown; one or two are ever used
         self._texts: dict[int, str] = {}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="pd-tokenize")
         config = _read_json(directory / "tokenizer_config.json", str(path))
         special = _special_tokens(config, _read_json(directory / "special_tokens_map.json", str(path)))
-        self.chat_template = _chat_template(directory, config, special)
+        self.templates = _chat_templates(directory, config, special, chat_template)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """For chats without tools."""
+        return self.templates.pick(tools=False)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None for what is ordinary text, in one token or not."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special else None
+
+    def added_id(self, text: str) -> int | None:
+        """The id of a token that was added to the vocabulary, special or not, and is never made of others."""
+        return self._added.get(text)
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text. `encode_batch` releases the GIL where a plain `encode` holds it; long texts go to a
@@ -92,18 +108,27 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
-        """For one output that follows `prompt`."""
+    def detokenizer(
+        self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """For one output that follows `prompt`. Of the special tokens those in `shown` are never skipped."""
         if self._byte_level:
-            return ByteLevelDetokenizer(self._pieces_skipping if skip_special_tokens else self._pieces)
+            return ByteLevelDetokenizer(self._skipping(shown) if skip_special_tokens else self._pieces)
 
         def decode(ids: list[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-        skipped = self._special if skip_special_tokens else frozenset()
-        shown = (token_id for token_id in reversed(prompt) if token_id not in skipped)
-        context = list(itertools.islice(shown, CONTEXT_TOKENS))
+        skipped = self._special - shown if skip_special_tokens else frozenset()
+        visible = (token_id for token_id in reversed(prompt) if token_id not in skipped)
+        context = list(itertools.islice(visible, CONTEXT_TOKENS))
         return WindowDetokenizer(decode, context[::-1], skipped)
+
+    def _skipping(self, shown: frozenset[int]) -> TokenPieces:
+        pieces = self._pieces_skipping.get(shown)
+        if pieces is None:
+            pieces = TokenPieces(self._tokenizer.id_to_token, self._special - shown)
+            self._pieces_skipping[shown] = pieces
+        return pieces
 
     def token_text(self, token_id: int) -> str:
         """Text of one token in the middle of a text; an incomplete character shows as U+FFFD."""
@@ -159,16 +184,29 @@ def _special_tokens(*configs: dict[str, Any]) -> dict[str, str]:
     return special
 
 
-def _chat_template(directory: Path, config: dict[str, Any], special: dict[str, str]) -> ChatTemplate | None:
-    """chat_template.jinja, else `chat_template` of the configuration: a string, or a list of which "default" counts."""
+def _chat_templates(directory: Path, config: dict[str, Any], special: dict[str, str], given: str) -> ChatTemplates:
+    """`given`, else chat_template.jinja and additional_chat_templates/NAME.jinja, else `chat_template` of the
+    configuration: a string, or a list of named ones.
+    """
+    named: dict[str, str] = {}
     file = directory / "chat_template.jinja"
-    source: Any = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
-        return None
+    if given:
+        named["default"] = given
+    elif file.exists():
+        named["default"] = file.read_text(encoding="utf-8")
+        more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+        named |= {path.stem: path.read_text(encoding="utf-8") for path in more}
+    else:
+        source = config.get("chat_template")
+        entries = source if isinstance(source, list) else [{"name": "default", "template": source}]
+        found = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+        named = {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
     try:
-        return ChatTemplate(source, special)
+        compiled = {
+            name: ChatTemplate(source, special) for name, source in named.items() if name in ("default", "tool_use")
+        }
     except jinja2.TemplateError as error:
+        if given:
+            raise ConfigError("--chat-template", f"the template does not compile: {error}") from error
         raise ModelError(str(directory), f"chat template does not compile: {error}") from error
+    return ChatTemplates(compiled.get("default"), compiled.get("tool_use"))

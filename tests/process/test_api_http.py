@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from pd.api.app import App
-from pd.api.context import Context, Limits, Served
+from pd.api.context import ChatFormats, Context, Limits, Served
 from pd.api.engine import Engine
 from pd.api.metrics import Latencies
 from pd.api.params import ModelLimits
@@ -60,20 +60,31 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model, script, *, state=InstanceState.READY, role="unified", limits=None, idle_timeout_s=600.0, context=256
+    model,
+    script,
+    *,
+    state=InstanceState.READY,
+    role="unified",
+    limits=None,
+    idle_timeout_s=600.0,
+    context=256,
+    chat=None,
 ):
     api_end, scheduler_end = channel_pair()
     tokenizer = Tokenizer(model)
     latencies = Latencies()
 
     def detokenizer(prompt):
-        return tokenizer.detokenizer(prompt.tokens, skip_special_tokens=prompt.skip_special_tokens)
+        skip, shown = prompt.skip_special_tokens, prompt.shown_tokens
+        return tokenizer.detokenizer(prompt.tokens, skip_special_tokens=skip, shown=shown)
 
     engine = Engine(api_end, detokenizer, latencies, idle_timeout_s=idle_timeout_s)
     scheduler = ScriptedScheduler(scheduler_end, script)
     served = Served("tiny", str(model), role, ModelLimits(tokenizer.vocab_size, context, (tiny_tokenizer.EOS,)))
     summaries, reports = [], []
-    app_context = Context(engine, tokenizer, latencies, served, limits or Limits(), summaries.append)
+    app_context = Context(
+        engine, tokenizer, latencies, served, limits or Limits(), summaries.append, chat or ChatFormats()
+    )
     app = App(app_context, reports.append)
     sock = bind("127.0.0.1", 0)
     port = sock.getsockname()[1]
@@ -400,9 +411,17 @@ BAD = [
     (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content",
+        "messages[0].content[0]",
     ),
-    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools"),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools[0].function"),
+    ("/v1/chat/completions", {**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ("/v1/chat/completions", {**CHAT, "functions": [{"name": "f"}]}, "functions"),
+    ("/v1/chat/completions", {**CHAT, "chat_template": "{{ 1 }}"}, "chat_template"),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+    ),
     ("/v1/chat/completions", {**CHAT, "tool_choice": "required"}, "tool_choice"),
     ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format"),
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs"),

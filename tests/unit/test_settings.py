@@ -601,7 +601,7 @@ def _another_value(option: settings.Option) -> tuple[list[str], str]:
         flag = option.flags[0]
         return (["--no-" + flag[2:]], "0") if option.default else ([flag], "1")
     samples = {int: "3", float: "0.25", str: "word", tuple[str, ...]: "http://h:1", tuple[int, ...]: "3"}
-    named = {"local_prefill": "never", "control_host": "127.0.0.1"}
+    named = {"local_prefill": "never", "control_host": "127.0.0.1", "chat_template": "{{ 1 }}"}
     choices = [choice for choice in option.meta["choices"] if choice != option.default]
     text = choices[0] if choices else named.get(option.name, samples[option.kind])
     return [option.flags[0], text], text

@@ -12,7 +12,7 @@ import pytest
 import pd
 from pd.abc import BackendInfo
 from pd.api.service import ApiConfig
-from pd.config import CacheConfig, ControlConfig, SchedulerConfig, ServeConfig, TransferConfig
+from pd.config import CacheConfig, ChatConfig, ControlConfig, SchedulerConfig, ServeConfig, TransferConfig
 from pd.instance import Plan
 from pd.runner.config import RunnerConfig
 from pd.runner.transfer import backend_options, engine_config
@@ -29,6 +29,7 @@ GROUPS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "transfer": TransferConfig,
     "control": ControlConfig,
+    "chat": ChatConfig,
 }
 
 
@@ -92,6 +93,9 @@ TABLE: dict[str, tuple[Any, Find | str]] = {
     "control.watchdog_timeout": (66.0, "instance.py"),
     "control.link_heartbeat": (0.7, "scheduler/links.py"),
     "control.connect_timeout": (2.5, lambda b: b.handoff.connect_timeout),
+    "chat.chat_template": ("{{ 1 }}", lambda b: b.api.chat.chat_template),
+    "chat.tool_call_parser": ("hermes", lambda b: b.api.chat.tool_call_parser),
+    "chat.reasoning_parser": ("none", lambda b: b.api.chat.reasoning_parser),
 }
 
 
