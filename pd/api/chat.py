@@ -68,7 +68,8 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     limit = ("max_tokens", request.max_tokens)
     if request.max_completion_tokens is not None:
         limit = ("max_completion_tokens", request.max_completion_tokens)
-    wishes = resolve_wishes(context, request, limit, bool(request.logprobs), top or 0)
+    grammar = await context.grammars.of(request)
+    wishes = resolve_wishes(context, request, limit, bool(request.logprobs), top or 0, grammar)
     template = context.tokenizer.chat_template
     if template is None:
         raise RequestError("the model has no chat template: use /v1/completions", param="messages")

@@ -12,6 +12,7 @@ import msgspec
 
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
+from pd.api.grammar import Grammars
 from pd.api.http import Http
 from pd.api.metrics import Latencies
 from pd.api.params import ModelLimits, SamplingFields, Wishes, mint_seed
@@ -58,6 +59,7 @@ class Context:
     served: Served
     limits: Limits = field(default_factory=Limits)
     finished: Callable[[dict[str, Any]], None] = lambda summary: None
+    grammars: Grammars = field(default_factory=Grammars)
 
 
 class RequestFields(SamplingFields, kw_only=True):
