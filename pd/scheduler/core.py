@@ -13,6 +13,7 @@ from pd.messages import Finish, Push, RunnerReady
 from pd.scheduler.actions import Action, Level, Log
 from pd.scheduler.batch import Batcher, BatchLimits
 from pd.scheduler.blocks import BlockPool
+from pd.scheduler.grammars import GrammarGate
 from pd.scheduler.outputs import Outputs
 from pd.scheduler.prefix import PrefixCache
 from pd.scheduler.request import Request, State, WaitingQueue
@@ -93,6 +94,7 @@ class Core:
             self.requeue,
         )
         self.waiting = WaitingQueue()
+        self.grammars = GrammarGate(out)
         self.requests: dict[int, Request] = {}
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
@@ -141,7 +143,8 @@ class Core:
         if request.remote is None:
             self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
         self.watch(request)
-        self.waiting.push(request)
+        if self.grammars.passes(request):
+            self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
         """A retracted request: back to the queue, at its age's place among the replays."""

@@ -105,6 +105,9 @@ def test_fields_that_ask_for_nothing_leave_the_output_free(fields):
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", "not supported"),
         ({"structured_outputs": {"disable_additional_properties": True}}, None, "not supported"),
         ({"structured_outputs": {"choice": "ab"}}, "structured_outputs.choice", "list"),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": 5}}, None, "string"),
+        ({"structured_outputs": {"json": {}, "whitespace_pattern": "("}}, "structured_outputs.json", "unclosed"),
+        ({"structured_outputs": "json"}, "structured_outputs", "object"),
         ({"guided_choice": [1, 2]}, "guided_choice", "string"),
         ({"guided_json": {"a" * 300_000: 1}}, "guided_json", "262144"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "response_format", "guided_regex and resp"),
@@ -155,6 +158,7 @@ def test_rules_in_a_long_chain_are_refused():
         grammar.from_lark(f'start: T0\n{rules}T3000: "y"', "p")
     with pytest.raises(RequestError, match="must be rules"):
         grammar.from_lark('{"grammars": [{"json_schema": {}}]}', "p")
+    assert grammar.from_lark('start: <|some_special_token|> "a" <[5]>', "p")
     with pytest.raises(RequestError, match="Unimplemented keys"):  # only a warning of the library's
         grammar.from_lark('start: %json {"x-guidance": {"lenient": true}, "not": {}}', "p")
 
