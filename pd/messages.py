@@ -3,7 +3,8 @@
 Three families share this module because they share values:
 
 - api <-> scheduler (ZMQ ipc): `Submit`, `Abort`, `Ask` / `StepOutputs`, `Rejected`, `Answer`, `InstanceInfo`.
-- scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone` on one socket, the `Transfer…` messages on another.
+- scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone` and `GrammarCompile` / `GrammarCompiled` on one socket, the
+  `Transfer…` messages on another.
 - scheduler <-> scheduler (ZMQ tcp, the control plane): `Hello` … `Goodbye`, each in an `Envelope`.
 
 Raw arrays: a field named `…_i32`, `…_i64`, `…_u8`, `…_f32` is the little-endian bytes of such an array. Ids and tokens
@@ -250,16 +251,34 @@ class StepOrder(Message):
     bucket: int = 0
 
 
+class GrammarCompile(Message):
+    """Compile this grammar beside the steps, for requests to be admitted later. Answered by GrammarCompiled.
+
+    One that was compiled already, and is kept, is answered at once. A request whose grammar is not kept any more is
+    admitted all the same: its first sample waits.
+    """
+
+    number: int
+    grammar: str
+
+
 class PromptRow(msgspec.Struct, frozen=True, array_like=True):
     index: int
     logprobs: PromptLogprobs
+
+
+class FailedRow(msgspec.Struct, frozen=True, array_like=True):
+    """A row whose token means nothing: its request cannot go on. The others are sound."""
+
+    index: int
+    reason: str
 
 
 class StepDone(Message):
     """Result of one step, one message. Row i of the order: `counts_u8[i]` tokens from `tokens_i32`, in order.
 
     Results match by (key, epoch, step), never by slot. `digests_u64[i]` belongs to `complete_i32[i]` of the order.
-    `compute_us` is the step's own time.
+    `compute_us` is the step's own time. `failed` rows have a token like the others, which is to be ignored.
     """
 
     step: int
@@ -272,6 +291,14 @@ class StepDone(Message):
     prompt_logprobs: list[PromptRow] = []
     digests_u64: bytes = b""
     compute_us: int = 0
+    failed: list[FailedRow] = []
+
+
+class GrammarCompiled(Message):
+    """`problem` says why no request can have this grammar; "" means that they can."""
+
+    number: int
+    problem: str = ""
 
 
 class RunnerReady(Message):
@@ -645,7 +672,8 @@ class Goodbye(Message):
 
 ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain
 SchedulerToApi: TypeAlias = StepOutputs | Rejected | Answer | InstanceInfo
-RunnerToScheduler: TypeAlias = StepDone | RunnerReady | RunnerFailed
+SchedulerToRunner: TypeAlias = StepOrder | GrammarCompile
+RunnerToScheduler: TypeAlias = StepDone | GrammarCompiled | RunnerReady | RunnerFailed
 TransferCommand: TypeAlias = (
     TransferConnect
     | TransferGrant

@@ -71,7 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     logprobs: bool = False  # the sampled token's
     top_logprobs: int = 0  # that many alternatives besides
     token_ids_logprob: tuple[int, ...] = ()
-    grammar: str = ""  # reserved: a compiled grammar's source; "" means unconstrained
+    grammar: str = ""  # as llguidance takes it; what follows the prompt matches it. "" means unconstrained
 
 
 class BlockShape(msgspec.Struct, frozen=True):

@@ -201,7 +201,8 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     limit = ("max_tokens", request.max_tokens)
     if request.max_completion_tokens is not None:
         limit = ("max_completion_tokens", request.max_completion_tokens)
-    wishes = resolve_wishes(context, request, limit, bool(request.logprobs), top or 0)
+    grammar = await context.grammars.of(request)
+    wishes = resolve_wishes(context, request, limit, bool(request.logprobs), top or 0, grammar)
     tools = tool_wishes(request.tools, request.tool_choice, request.parallel_tool_calls)
     format = _call_format(context, tools)
     messages = template_messages(request.messages)

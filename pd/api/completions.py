@@ -52,7 +52,9 @@ async def plan_completion(context: Context, http: Http, request: CompletionReque
     """Raises RequestError naming the field at fault."""
     check_shared(context, request)
     top = check_top_logprobs(context, "logprobs", request.logprobs)
-    wishes = resolve_wishes(context, request, ("max_tokens", request.max_tokens), top is not None, top or 0)
+    grammar = await context.grammars.of(request)
+    limit = ("max_tokens", request.max_tokens)
+    wishes = resolve_wishes(context, request, limit, top is not None, top or 0, grammar)
     prompts = await completion_prompts(context, request)
     builder = PromptBuilder(context, request, named_prefills(http), rid)
     built = [

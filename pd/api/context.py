@@ -13,6 +13,7 @@ import msgspec
 from pd.api.chat_template import ChatTemplates
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
+from pd.api.grammar import Grammars
 from pd.api.http import Http
 from pd.api.metrics import Latencies
 from pd.api.params import ModelLimits, SamplingFields, Wishes, mint_seed
@@ -80,6 +81,7 @@ class Context:
     limits: Limits = field(default_factory=Limits)
     finished: Callable[[dict[str, Any]], None] = lambda summary: None
     chat: ChatFormats = field(default_factory=ChatFormats)
+    grammars: Grammars = field(default_factory=Grammars)
 
 
 class RequestFields(SamplingFields, kw_only=True):

@@ -162,7 +162,7 @@ async def plan_generate(context: Context, http: Http, request: GenerateRequest, 
         built.append(
             builder.build(
                 tokens,
-                item.wishes(),
+                await item.wishes(),
                 index,
                 count,
                 field=name,
@@ -222,12 +222,13 @@ class _Item:
         if not all(isinstance(token_id, int) and 0 <= token_id < vocab for token_id in self.ids):
             raise RequestError(f"token_ids_logprob must be token ids from 0 to {vocab - 1}", param="token_ids_logprob")
 
-    def wishes(self) -> Wishes:
+    async def wishes(self) -> Wishes:
         own, outer = self._own, self._request
         names = NativeSampling.__struct_fields__
         given = {name: getattr(own, name) if getattr(own, name) is not None else getattr(outer, name) for name in names}
         merged = NativeSampling(**given)
         prefix = "" if self._request.sampling_params is None else "sampling_params."
+        grammar = await self._context.grammars.of(merged, prefix)
         return resolve(
             merged,
             self._context.served.limits,
@@ -237,4 +238,5 @@ class _Item:
             logprobs=self.logprobs,
             top_logprobs=self.top if self.logprobs else 0,
             token_ids_logprob=tuple(self.ids) if self.logprobs else (),
+            grammar=grammar,
         )

@@ -29,6 +29,14 @@ class OpenAIRequest(RequestFields, kw_only=True):
     min_tokens: int | None = None
     add_special_tokens: bool | None = None
     rid: str | None = None
+    # What constrains the output: see pd.api.grammar.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: str | None = None
     # Known, not built: see pd.api.params.
     use_beam_search: Any = None
     prompt_logprobs: Any = None
@@ -40,12 +48,6 @@ class OpenAIRequest(RequestFields, kw_only=True):
     return_hidden_states: Any = None
     return_token_ids: Any = None
     return_tokens_as_token_ids: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     lora_path: Any = None
     lora_request: Any = None
     session_params: Any = None
@@ -202,7 +204,7 @@ def check_top_logprobs(context: Context, name: str, top: int | None) -> int | No
 
 
 def resolve_wishes(
-    context: Context, request: OpenAIRequest, limit: tuple[str, int | None], logprobs: bool, top: int
+    context: Context, request: OpenAIRequest, limit: tuple[str, int | None], logprobs: bool, top: int, grammar: str = ""
 ) -> Wishes:
     return resolve(
         request,
@@ -212,4 +214,5 @@ def resolve_wishes(
         max_stops=MAX_STOPS_OPENAI,
         logprobs=logprobs,
         top_logprobs=top,
+        grammar=grammar,
     )

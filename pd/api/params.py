@@ -48,10 +48,11 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
     n: int | None = None
-    # Known, not built: see _NEUTRAL.
+    # What constrains the output: see pd.api.grammar.
     json_schema: Any = None
     regex: Any = None
     ebnf: Any = None
+    # Known, not built: see _NEUTRAL.
     structural_tag: Any = None
     stop_regex: Any = None
     custom_params: Any = None
@@ -59,9 +60,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
 #: Fields that are not built -> the values with which they change nothing (None always is one).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "json_schema": ("",),
-    "regex": ("",),
-    "ebnf": ("",),
     "structural_tag": ("",),
     "stop_regex": ("", []),
     "custom_params": ({},),
@@ -79,12 +77,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_hidden_states": (False,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": ("",),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -200,10 +192,12 @@ def resolve(
     logprobs: bool = False,
     top_logprobs: int = 0,
     token_ids_logprob: tuple[int, ...] = (),
+    grammar: str = "",
 ) -> Wishes:
     """Check every field's range. RequestError names the field, with `prefix` ("sampling_params.") where it stood.
 
-    `max_tokens` and `min_tokens` are (the name that the client used, the value or None).
+    `max_tokens` and `min_tokens` are (the name that the client used, the value or None). `grammar` is one that
+    `pd.api.grammar` made.
     """
     refuse_unsupported(fields, prefix)
     check = _Checker(prefix)
@@ -217,7 +211,10 @@ def resolve(
         raise check.error(min_tokens[0], f"must not exceed {max_tokens[0]} ({most}), got {least}")
     stop_ids = check.token_ids("stop_token_ids", fields.stop_token_ids or (), model.vocab_size)
     ignore_eos = bool(fields.ignore_eos)
-    ends = () if ignore_eos else model.eos_token_ids
+    if grammar and not model.eos_token_ids:
+        raise RequestError("the model has no end-of-sequence token, without which no constrained output could end")
+    # What a grammar describes comes to an end, after which there is nothing else to emit.
+    ends = () if ignore_eos and not grammar else model.eos_token_ids
     sampling = SamplingParams(
         **_numbers(fields, model.defaults, check),
         logit_bias=_logit_bias(fields.logit_bias, model.vocab_size, check),
@@ -227,6 +224,7 @@ def resolve(
         logprobs=logprobs,
         top_logprobs=top_logprobs,
         token_ids_logprob=token_ids_logprob,
+        grammar=grammar,
     )
     return Wishes(
         sampling=sampling,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ from pd.errors import ProtocolError
 from pd.kernels.attention import AttentionBatch, DecodeGroup, PromptSpan
 from pd.messages import Admit, StepOrder
 from pd.types import SamplingParams
+
+if TYPE_CHECKING:
+    from pd.runner.grammar import Constraint
 
 Int32 = npt.NDArray[np.int32]
 
@@ -62,6 +66,7 @@ class Request:
     choices: int  # to be sampled at the next sampled position; 1 after the first
     logprob_start: int
     prompt_top_logprobs: int
+    constraint: Constraint | None = None  # where there is a grammar
 
 
 @dataclass(frozen=True)

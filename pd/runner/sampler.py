@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,19 +28,25 @@ class Sampled:
     logprobs: TokenLogprobs | None
 
 
-def sample(requests: list[Request], logits: torch.Tensor) -> list[Sampled]:
-    """`logits` float32[S, V] are of the requests' last known tokens. Reads the requests, changes nothing."""
+def sample(
+    requests: list[Request], logits: torch.Tensor, forbidden: Mapping[int, torch.Tensor] = MappingProxyType({})
+) -> list[Sampled]:
+    """`logits` float32[S, V] are of the requests' last known tokens; rows are changed in place. Reads the requests.
+
+    `forbidden[i]` bool[V] are the tokens that request i cannot have; never all.
+    """
     raw = {
         index: logits[index].log_softmax(-1)
         for index, request in enumerate(requests)
         if wants_logprobs(request.sampling)
     }
-    shaped = _shaped(requests, logits)
-    best = greedy(shaped).tolist()
+    for index, request in enumerate(requests):
+        _shape(request, logits[index], forbidden.get(index))
+    best = greedy(logits).tolist()
     tokens: list[list[int]] = [[token] * request.choices for token, request in zip(best, requests, strict=True)]
     warm = [index for index, request in enumerate(requests) if request.sampling.temperature >= _COLDEST]
     if warm:
-        drawn = iter(_drawn(requests, shaped, warm))
+        drawn = iter(_drawn(requests, logits, warm))
         for index in warm:
             tokens[index] = [next(drawn) for _ in range(requests[index].choices)]
     return [
@@ -47,15 +55,10 @@ def sample(requests: list[Request], logits: torch.Tensor) -> list[Sampled]:
     ]
 
 
-def _shaped(requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
-    """Logits after penalties, bias and masks; the given tensor itself when no row has any."""
-    altered = [index for index, request in enumerate(requests) if _alters(request)]
-    if not altered:
-        return logits
-    shaped = logits.clone()
-    for index in altered:
-        request, row = requests[index], shaped[index]
-        sampling = request.sampling
+def _shape(request: Request, row: torch.Tensor, forbidden: torch.Tensor | None) -> None:
+    """One row's logits after penalties, bias and masks, in place."""
+    sampling = request.sampling
+    if _is_penalised(sampling):
         tokens = torch.from_numpy(request.tokens.view.astype(np.int64))
         penalise(
             row,
@@ -65,22 +68,23 @@ def _shaped(requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
             frequency=sampling.frequency_penalty,
             presence=sampling.presence_penalty,
         )
-        if sampling.logit_bias:
-            add_bias(row, sampling.logit_bias)
-        if _too_short(request):
-            forbid(row, sampling.stop_token_ids)
-    return shaped
+    if sampling.logit_bias:
+        add_bias(row, sampling.logit_bias)
+    if forbidden is not None:
+        row.masked_fill_(forbidden, float("-inf"))
+    if _too_short(request) and (forbidden is None or not _leaves_only(forbidden, sampling.stop_token_ids)):
+        forbid(row, sampling.stop_token_ids)
 
 
-def _alters(request: Request) -> bool:
-    sampling = request.sampling
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.presence_penalty != 0.0
-        or bool(sampling.logit_bias)
-        or _too_short(request)
-    )
+def _is_penalised(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
+
+
+def _leaves_only(forbidden: torch.Tensor, stops: tuple[int, ...]) -> bool:
+    """What a grammar wants comes before `min_tokens`: where only stop tokens are left, the output is complete."""
+    more = forbidden.clone()
+    more[torch.tensor([token for token in stops if 0 <= token < len(more)], dtype=torch.int64)] = True
+    return bool(more.all())
 
 
 def _too_short(request: Request) -> bool:

@@ -20,12 +20,13 @@ from pd.faults import FaultPoints
 from pd.ipc.channel import SyncChannel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
-from pd.messages import RunnerFailed, RunnerReady, RunnerToScheduler, StepOrder
+from pd.messages import GrammarCompile, RunnerFailed, RunnerReady, RunnerToScheduler, SchedulerToRunner
 from pd.models.checkpoint import read_checkpoint
 from pd.models.info import check_model
 from pd.models.registry import Model
 from pd.plugins import Plugins, load_plugins
 from pd.runner.config import RunnerConfig
+from pd.runner.grammar import Grammars
 from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, free_memory
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
@@ -81,6 +82,7 @@ class Runner:
 
     worker: Worker
     ready: RunnerReady
+    grammars: Grammars
 
 
 def main(config: RunnerConfig, context: ChildContext) -> None:
@@ -95,7 +97,7 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             zmq.PAIR, config.step_endpoint, LinkOptions(heartbeat=0, high_water=HIGH_WATER, linger=LINGER)
         )
         results: Codec[RunnerToScheduler] = Codec(RunnerToScheduler)
-        orders: Codec[StepOrder] = Codec(StepOrder)
+        orders: Codec[SchedulerToRunner] = Codec(SchedulerToRunner)
         channel = SyncChannel(link, results, orders, "steps")
         resources.callback(channel.close)
         try:
@@ -110,7 +112,7 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             context.report_ready({"num_blocks": runner.ready.num_blocks, "block_bytes": runner.ready.block_bytes})
             plugins.process_started("runner", config)
             resources.callback(plugins.process_stopping, "runner")
-            serve(channel, runner.worker, context, alarm, FaultPoints.of(config.fault))
+            serve(channel, runner, context, alarm, FaultPoints.of(config.fault))
         except Exception as error:
             channel.send(RunnerFailed(config.rank, _one_line(error)), SEND_TIMEOUT)
             raise
@@ -135,6 +137,8 @@ def build(
         supported=plugins.models(),
         tokenizer=False,
     )
+    grammars = Grammars(info.path, info.vocab_size, info.eos_token_ids)
+    resources.callback(grammars.close)
     model = _load(config, info, plugins, log)
     memory = HostMemory()
     backend: TransferBackend | None = None
@@ -153,6 +157,7 @@ def build(
         rank=config.rank,
         digest=lambda ids, tokens: digest_blocks(pool.bytes, pool.shape.nbytes, ids, tokens, geometry),
         push=engine.push if engine is not None else None,
+        grammars=grammars,
     )
     worker.warm_up()
     log(
@@ -174,29 +179,33 @@ def build(
     )
     if engine is not None:
         engine.start(command_port(sockets, config.transfer_endpoint))
-    return Runner(worker, ready)
+    return Runner(worker, ready, grammars)
 
 
 def serve(
-    channel: SyncChannel[RunnerToScheduler, StepOrder],
-    worker: Worker,
+    channel: SyncChannel[RunnerToScheduler, SchedulerToRunner],
+    runner: Runner,
     context: ChildContext,
     alarm: Alarm,
     faults: FaultPoints | None = None,
 ) -> None:
     """Execute orders as they come; returns when a stop is requested."""
     poller = zmq.Poller()
-    for source in (channel.link.socket, context.stop_fd, alarm.fd):
+    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd):
         poller.register(source, zmq.POLLIN)
     while not context.stop_requested():
         alarm.check()
+        for compiled in runner.grammars.take_compiled():
+            channel.send(compiled, SEND_TIMEOUT)
         order = channel.recv(0)
         if order is None:
             poller.poll()
+        elif isinstance(order, GrammarCompile):
+            runner.grammars.compile(order)
         else:
             if faults is not None:
                 faults.reached("step")
-            done = worker.step(order)
+            done = runner.worker.step(order)
             if faults is not None and order.pushes:  # they are on their way, and nobody knows yet
                 faults.reached("push")
             channel.send(done, SEND_TIMEOUT)

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 
 from pd.errors import ProtocolError
-from pd.messages import Admit, LogprobRow, PromptRow, Push, StepDone, StepOrder
+from pd.messages import Admit, FailedRow, LogprobRow, PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
+from pd.runner.grammar import Grammars
 from pd.runner.inputs import RequestTable, Row, StepInputs, build_inputs
 from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
@@ -25,8 +26,8 @@ DigestBlocks = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDAr
 class Worker:
     """`step` may be called with order N+1 before anybody has seen the tokens of N: they are kept here.
 
-    `digest` answers `complete_i32`, `push` starts a hand-off's push; an order that needs one that is not there is a
-    ProtocolError, like any order that does not fit the state. After an error the state is undefined.
+    `digest` answers `complete_i32`, `push` starts a hand-off's push, `grammars` constrain; an order that needs one that
+    is not there is a ProtocolError, like any order that does not fit the state. After an error the state is undefined.
     """
 
     def __init__(
@@ -38,15 +39,19 @@ class Worker:
         rank: int = 0,
         digest: DigestBlocks | None = None,
         push: Callable[[Push], None] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.table = RequestTable(pool.num_blocks)
         self._model, self._pool, self._vocab, self._rank = model, pool, vocab_size, rank
-        self._digest, self._push = digest, push
+        self._digest, self._push, self._grammars = digest, push, grammars
 
     @torch.inference_mode()
     def step(self, order: StepOrder) -> StepDone:
         started = time.perf_counter()
         self.table.apply(order)
+        for admit in order.admit:
+            if admit.sampling.grammar:
+                self._constrain(admit.key)
         for copy in order.copies:
             self._copy(copy.src, copy.dst, copy.tokens)
         inputs = build_inputs(self.table.rows(order), self._pool.shape.tokens)
@@ -71,6 +76,11 @@ class Worker:
         self.step(StepOrder(0, row, np.array([1], dtype=np.int32).tobytes(), b"\1"))
         self.table.apply(StepOrder(0, b"", b"", b"", release=[key]))
 
+    def _constrain(self, key: int) -> None:
+        if self._grammars is None:
+            raise ProtocolError("admit", f"request {key}: this runner has no grammars")
+        self._grammars.constrain(self.table.requests[key])
+
     def _copy(self, source: int, target: int, tokens: int) -> None:
         blocks, size = self._pool.num_blocks, self._pool.shape.tokens
         if not (0 <= source < blocks and 0 <= target < blocks and 0 <= tokens <= size):
@@ -93,7 +103,9 @@ class Worker:
         if wanted:
             last = torch.tensor([inputs.rows[index].start + inputs.rows[index].count - 1 for index in wanted])
             logits = self._model.logits(hidden[last])
-            for index, result in zip(wanted, sample([inputs.rows[i].request for i in wanted], logits), strict=True):
+            requests = [inputs.rows[index].request for index in wanted]
+            forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
+            for index, result in zip(wanted, sample(requests, logits, forbidden), strict=True):
                 sampled[index] = result
         return sampled
 
@@ -105,6 +117,8 @@ class Worker:
             if result is not None:
                 row.request.tokens.append(result.tokens[0])
                 row.request.choices = 1
+                if row.request.constraint is not None:
+                    row.request.constraint.advance(result.tokens[0])
 
     def _digests(self, order: StepOrder) -> bytes:
         blocks = self.table.block_ids("complete_i32", order.complete_i32)
@@ -148,4 +162,9 @@ class Worker:
             prompt_logprobs=prompts,
             digests_u64=digests,
             compute_us=int((time.perf_counter() - started) * 1e6),
+            failed=[
+                FailedRow(index, row.request.constraint.problem)
+                for index, row in enumerate(rows)
+                if row.sample and row.request.constraint is not None and row.request.constraint.problem
+            ],
         )

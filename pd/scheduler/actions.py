@@ -17,6 +17,13 @@ class RunStep:
 
 
 @dataclass(frozen=True, slots=True)
+class CompileGrammar:
+    """To the runner, beside the steps."""
+
+    message: m.GrammarCompile
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """To the runner's transfer socket."""
 
@@ -86,5 +93,15 @@ class Exit:
 
 
 Action: TypeAlias = (
-    RunStep | Transfer | Reply | OpenSession | WelcomePeer | RefusePeer | SendPeer | CloseSession | Log | Exit
+    RunStep
+    | CompileGrammar
+    | Transfer
+    | Reply
+    | OpenSession
+    | WelcomePeer
+    | RefusePeer
+    | SendPeer
+    | CloseSession
+    | Log
+    | Exit
 )

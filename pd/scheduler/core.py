@@ -13,6 +13,7 @@ from pd.messages import Finish, Push, RunnerReady
 from pd.scheduler.actions import Action, Level, Log
 from pd.scheduler.batch import Batcher, BatchLimits
 from pd.scheduler.blocks import BlockPool
+from pd.scheduler.grammars import GrammarGate
 from pd.scheduler.outputs import Outputs
 from pd.scheduler.prefix import PrefixCache
 from pd.scheduler.request import Request, State, WaitingQueue
@@ -93,6 +94,7 @@ class Core:
             self.requeue,
         )
         self.waiting = WaitingQueue()
+        self.grammars = GrammarGate(out)
         self.requests: dict[int, Request] = {}
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
@@ -142,7 +144,8 @@ class Core:
         self._age += 1
         request.age = self._age
         self.adopt(request, now)
-        self.waiting.push(request)
+        if self.grammars.passes(request):
+            self.waiting.push(request)
 
     def adopt(self, request: Request, now: float) -> None:
         """Know the request from now on; the caller says what becomes of it."""

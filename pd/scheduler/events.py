@@ -55,6 +55,13 @@ class StepFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarCompiled:
+    now: float
+    number: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerDied:
     now: float
     reason: str
@@ -126,6 +133,7 @@ Event: TypeAlias = (
     | DrainRequested
     | RunnerUp
     | StepFinished
+    | GrammarCompiled
     | RunnerDied
     | TransferSaid
     | HelloReceived

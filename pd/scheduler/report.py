@@ -91,7 +91,7 @@ class Reporter:
         asked = self.decode.asked if self.decode is not None else 0
         return Load(
             running=core.batcher.count,
-            waiting=len(core.waiting) + asked,
+            waiting=len(core.waiting) + core.grammars.held + asked,
             free_blocks=core.pool.available,
             total_blocks=core.pool.total,
             queued_tokens=core.waiting.tokens,

@@ -79,9 +79,9 @@ class Service:
             self.sockets.listen(zmq.ROUTER, config.api_endpoint, ipc), Codec(m.SchedulerToApi), Codec(m.ApiToScheduler)
         )
         runner = LinkOptions(heartbeat=config.settings.control.link_heartbeat, heartbeat_misses=6, high_water=65536)
-        self.steps: Channel[m.StepOrder, m.RunnerToScheduler] = Channel(
+        self.steps: Channel[m.SchedulerToRunner, m.RunnerToScheduler] = Channel(
             self.sockets.listen(zmq.PAIR, config.step_endpoint, runner, monitored=True),
-            Codec(m.StepOrder),
+            Codec(m.SchedulerToRunner),
             Codec(m.RunnerToScheduler),
             "runner",
         )
@@ -139,6 +139,8 @@ class Service:
         match action:
             case ac.RunStep(order):
                 self._to_runner(self.steps, order)
+            case ac.CompileGrammar(message):
+                self._to_runner(self.steps, message)
             case ac.Reply(worker, message):
                 self._reply(worker, message)
             case ac.SendPeer(session, message):
@@ -161,7 +163,7 @@ class Service:
                 if not self.exit.done():
                     self.exit.set_result((code, reason))
 
-    def _to_runner(self, channel: Channel, message: m.StepOrder | m.TransferCommand) -> None:
+    def _to_runner(self, channel: Channel, message: m.SchedulerToRunner | m.TransferCommand) -> None:
         try:
             channel.send_nowait(message)
         except (ChannelFull, ChannelClosed) as error:
@@ -218,6 +220,8 @@ class Service:
             match message:
                 case m.StepDone():
                     self.apply(ev.StepFinished(self.clock(), message))
+                case m.GrammarCompiled(number, problem):
+                    self.apply(ev.GrammarCompiled(self.clock(), number, problem))
                 case m.RunnerReady():
                     self.apply(ev.RunnerUp(self.clock(), message))
                 case m.RunnerFailed(_, reason):

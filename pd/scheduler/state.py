@@ -15,7 +15,7 @@ import numpy as np
 
 from pd.messages import Answer, Finish, FirstChoice, FirstToken, LogprobRow, StepDone, Submit, TokenLogprobs
 from pd.scheduler import events as ev
-from pd.scheduler import report
+from pd.scheduler import failures, report
 from pd.scheduler.actions import Action, Exit, Reply, RunStep, Transfer
 from pd.scheduler.admission import Admission
 from pd.scheduler.batch import Chunk, InFlight
@@ -53,6 +53,7 @@ class Scheduler:
             ev.DrainRequested: self._drain,
             ev.RunnerUp: self._runner_up,
             ev.StepFinished: self._step_finished,
+            ev.GrammarCompiled: self._grammar_compiled,
             ev.RunnerDied: self._runner_died,
             ev.TransferSaid: self._transfer_said,
             ev.HelloReceived: self._hello,
@@ -206,7 +207,7 @@ class Scheduler:
         if tokens + submit.sampling.max_tokens > bound and self.settings.role is not Role.PREFILL:
             message = f"prompt ({tokens}) and max_tokens ({submit.sampling.max_tokens}) exceed {bound} tokens"
             return 400, message, "max_tokens", "context_length_exceeded"
-        waiting = len(core.waiting) if self.prefill is None else self.prefill.rooms.legs
+        waiting = len(core.waiting) + core.grammars.held if self.prefill is None else self.prefill.rooms.legs
         if waiting >= self.settings.scheduler.max_queued_requests:
             return 503, f"{waiting} requests are waiting already; try again later", None, "overloaded"
         return None
@@ -252,11 +253,18 @@ class Scheduler:
             self.prefill.handoffs.step_done(done.step)
         core.stats.steps += 1
         core.stats.compute_us += done.compute_us
+        if done.failed:
+            failures.rows_failed(core, self.prefill, event.now, flight, done)
+            self._notices(event.now)
         count = len(flight.decode)
         if count:
             self._decoded(event.now, flight, done)
         if flight.chunks:
             self._chunks_done(event.now, flight, done)
+
+    def _grammar_compiled(self, event: ev.GrammarCompiled) -> None:
+        assert self.core is not None, "only a runner that is up can have compiled"
+        failures.grammar_compiled(self.core, self.prefill, event)
 
     def _decoded(self, now: float, flight: InFlight, done: StepDone) -> None:
         """One token for each decode row, unless it left meanwhile."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pd.errors import PdError
-from pd.messages import Admit, StepDone, StepOrder
+from pd.messages import Admit, FailedRow, StepDone, StepOrder
 from pd.types import SamplingParams
 
 
@@ -46,6 +46,7 @@ class FakeRunner:
     next_token: Callable[[npt.NDArray[np.int32], SamplingParams], int] = default_next_token
     requests: dict[int, _Row] = field(default_factory=dict)
     pending: list[StepOrder] = field(default_factory=list)
+    fails: str = ""  # rows with this grammar fail when they sample
 
     def __post_init__(self) -> None:
         #: token | position << 32 of every slot; -1: never written.
@@ -67,8 +68,11 @@ class FakeRunner:
         keys = np.frombuffer(order.rows_i64, "<i8").tolist()
         counts = np.frombuffer(order.counts_i32, "<i4").tolist()
         epochs, produced, tokens = [], bytearray(), []
-        for key, count, sample in zip(keys, counts, order.sample_u8, strict=True):
+        failed = []
+        for index, (key, count, sample) in enumerate(zip(keys, counts, order.sample_u8, strict=True)):
             row = self.requests[key]
+            if sample and self.fails and row.sampling.grammar == self.fails:
+                failed.append(FailedRow(index, "no token fits"))
             epochs.append(row.epoch)
             self._compute(key, row, count)
             if sample:
@@ -85,6 +89,7 @@ class FakeRunner:
             bytes(produced),
             np.array(tokens, "<i4").tobytes(),
             digests_u64=self._digests(order),
+            failed=failed,
         )
 
     def _admit(self, admit: Admit) -> None:

@@ -112,9 +112,10 @@ class Instance:
         *,
         seed: int = 0,
         stop: tuple[int, ...] = (),
+        grammar: str = "",
         **more: object,
     ) -> Client:
-        sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop)
+        sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop, grammar=grammar)
         client = self.clients[key] = Client()
         tokens = np.array(list(prompt), dtype="<i4").tobytes()
         self.handle(ev.RequestSubmitted(self.now, m.Submit(key, f"r{key}", tokens, sampling, **more)))  # type: ignore[arg-type]

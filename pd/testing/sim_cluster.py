@@ -68,6 +68,7 @@ class Node:
         self.grants: dict[tuple[str, int], list[int]] = {}  # (sender, tag) -> blocks
         self.last_command = 0.0
         self.deaf = False  # its transfer thread hangs
+        self.no_grammar = ""  # why its runner can use none
         self.granted: set[tuple[str, int]] = set()  # ever
         self.expelled: set[str] = set()
         self.resets: dict[str, int] = {}  # receiver -> number of resets: earlier writes no longer count
@@ -91,6 +92,12 @@ class Node:
             case ac.RunStep(order):
                 self.runner.step(order)
                 self._run()
+            case ac.CompileGrammar(compile):
+                world.later(
+                    world.draw(world.config.step_time),
+                    lambda: self.event(lambda now: ev.GrammarCompiled(now, compile.number, self.no_grammar)),
+                    node=self,
+                )
             case ac.Reply(_, message):
                 if world.owner_of(message) in (None, self):
                     note_reply(world.clients, message)
@@ -443,10 +450,11 @@ class SimCluster:
         stop: tuple[int, ...] = (),
         timeout: float | None = None,
         logprob_start: int = -1,
+        grammar: str = "",
         **more: object,
     ) -> Client:
         key = next(self._key)
-        sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop)
+        sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop, grammar=grammar)
         tokens = list(prompt)
         client = self.clients[key] = Client()
         self.prompts[key] = (tokens, sampling, decode)

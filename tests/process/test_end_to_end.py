@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -176,6 +178,82 @@ def test_sampling_with_a_seed_is_the_same_after_a_retraction(qwen2: Deployment) 
     assert moved["retractions"] > 0
     alone = [qwen2.generate([body])[0] for body in bodies]
     assert [tokens_of(answer) for answer in batch] == [tokens_of(answer) for answer in alone]
+
+
+# --- constrained ----------------------------------------------------------------------------------------------------
+
+EOS = 1  # of the tiny models
+WORDS = r"[a-z]{3,12}( [a-z]{3,12}){2,7}\."
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+#: Every kind of grammar, with every way to draw beside it.
+CONSTRAINTS: list[dict[str, Any]] = [{"regex": WORDS}, {"json_schema": SCHEMA}, {"ebnf": 'root ::= "(" root ")" | "x"'}]
+
+
+def constrained(count: int, length: int, first: int) -> list[dict[str, Any]]:
+    return [
+        ask(prompt(length, first + n), 120, **{"seed": n, **WAYS[n % len(WAYS)], **CONSTRAINTS[n % len(CONSTRAINTS)]})
+        for n in range(count)
+    ]
+
+
+def check_constrained(bodies: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
+    for body, answer in zip(bodies, answers, strict=True):
+        text, reason = answer["text"], answer["meta_info"]["finish_reason"]
+        if reason["type"] == "length":  # a string or parentheses that went on; the beginning fits all the same
+            assert len(answer["output_ids"]) == 120 and "regex" not in body["sampling_params"]
+        elif "regex" in body["sampling_params"]:
+            assert re.fullmatch(WORDS, text), text
+        elif "ebnf" in body["sampling_params"]:
+            assert re.fullmatch(r"(\()*x(\))*", text) and text.count("(") == text.count(")"), text
+        else:
+            found = json.loads(text)
+            assert list(found) == ["name", "n"] and len(found["name"]) <= 8 and 0 <= found["n"] <= 99
+        if reason["type"] == "stop":
+            assert reason["matched"] == EOS == answer["output_ids"][-1], "although end tokens are ignored"
+    assert sum(answer["meta_info"]["finish_reason"]["type"] == "stop" for answer in answers) > len(answers) / 2
+
+
+def test_constrained_outputs_match_and_are_the_same_on_one_instance(llama: Deployment, unified: Deployment) -> None:
+    bodies = constrained(24, 33, 3000)
+    answers = llama.generate(bodies)
+    check_constrained(bodies, answers)
+    assert [tokens_of(answer) for answer in answers] == [tokens_of(answer) for answer in unified.generate(bodies)]
+
+
+def test_a_constrained_output_goes_on_at_its_place_after_a_retraction(qwen2: Deployment) -> None:
+    bodies = [ask(prompt(60, 800 + n), 100, seed=n, temperature=1.0, regex="([a-f]{9}[0-9]){10}") for n in range(8)]
+    with qwen2.moved() as moved:
+        batch = qwen2.generate(bodies)
+    assert moved["retractions"] > 0 and moved["d_computed"] == 0
+    assert all(re.fullmatch("([a-f]{9}[0-9]){10}", answer["text"]) for answer in batch)
+    alone = [qwen2.generate([body])[0] for body in bodies]
+    assert [tokens_of(answer) for answer in batch] == [tokens_of(answer) for answer in alone]
+
+
+def test_clients_of_openai_get_json_and_bad_grammars_are_400(llama: Deployment) -> None:
+    json_schema = {"name": "thing", "strict": True, "schema": SCHEMA}
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Go"}],
+        "response_format": {"type": "json_schema", "json_schema": json_schema},
+        "seed": 1,
+        "max_tokens": 150,
+        "stop": ["}"],
+    }
+    answer = httpx.post(f"{llama.url}/v1/chat/completions", json=body, timeout=90).json()["choices"][0]
+    assert answer["finish_reason"] == "stop" and answer["matched_stop"] == "}"
+    assert list(json.loads(answer["message"]["content"] + "}")) == ["name", "n"]
+    for fields, param in [
+        ({"guided_json": {"not": {}}}, "guided_json"),
+        ({"structured_outputs": {"grammar": "start: <|no_such_token|>"}}, None),  # only the tokenizer knows
+        ({"regex": "(", "temperature": 0}, "regex"),
+    ]:
+        bad = httpx.post(f"{llama.url}/v1/completions", json={"prompt": "Go", **fields}, timeout=90)
+        assert bad.status_code == 400 and bad.json()["error"]["param"] == param, bad.text
 
 
 def test_disaggregated_logprobs_equal_unified(llama: Deployment, unified: Deployment) -> None:

@@ -71,8 +71,8 @@ def test_the_limit_is_the_clients_or_the_models_and_remembers_its_name():
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"max_tokens": 2, "min_tokens": 3}, "min_tokens"),
-        ({"regex": "a*"}, "regex"),
-        ({"json_schema": "{}"}, "json_schema"),
+        ({"structural_tag": "{}"}, "structural_tag"),
+        ({"stop_regex": "a*"}, "stop_regex"),
     ],
 )
 def test_a_value_out_of_range_names_its_field(fields, param):

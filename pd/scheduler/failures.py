@@ -1,0 +1,39 @@
+"""What the runner cannot do for one request ends that request, and no other."""
+
+from __future__ import annotations
+
+from pd.messages import StepDone
+from pd.scheduler import events as ev
+from pd.scheduler.batch import InFlight
+from pd.scheduler.core import Core
+from pd.scheduler.prefill_side import PrefillSide
+from pd.scheduler.request import Request, State
+
+
+def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InFlight, done: StepDone) -> None:
+    """Afterwards, once the notices are taken, these rows' tokens count as late."""
+    rows = [*zip(flight.decode, flight.epochs, strict=True), *((c.request, c.epoch) for c in flight.chunks)]
+    for failed in done.failed:
+        request, epoch = rows[failed.index]
+        if request.epoch == epoch:
+            _refuse(core, prefill, now, request, failed.reason, 500)
+
+
+def grammar_compiled(core: Core, prefill: PrefillSide | None, event: ev.GrammarCompiled) -> None:
+    """The requests that waited for it are queued, or end."""
+    for request in core.grammars.compiled(event.number, event.problem):
+        if request.state is State.WAITING:  # has not ended meanwhile
+            if event.problem:
+                reason = f"the output cannot be constrained: {event.problem}"
+                _refuse(core, prefill, event.now, request, reason, 400)
+            else:
+                core.waiting.push(request)
+
+
+def _refuse(core: Core, prefill: PrefillSide | None, now: float, request: Request, reason: str, status: int) -> None:
+    """No other instance could do it either."""
+    if request.remote is not None:
+        assert prefill is not None
+        prefill.handoffs.fail(now, request.remote, reason, retryable=False)
+    else:
+        core.fail(request, reason, status)
