@@ -168,6 +168,8 @@ class PromptBuilder:
         if index and not wishes.seeded:
             # Equal prompts of one batch are different draws, unless the client fixed them.
             sampling = msgspec.structs.replace(sampling, seed=mint_seed())
+        score_only = max_tokens == 0
+        max_tokens = max(1, max_tokens)  # one is always sampled: that of a scored prompt is dropped
         min_tokens = min(sampling.min_tokens, max_tokens)
         return Prompt(
             tokens=tokens,
@@ -182,6 +184,7 @@ class PromptBuilder:
             room=room,
             priority=self.fields.priority or 0,
             salt=self.fields.cache_salt or self.fields.extra_key or "",
+            score_only=score_only,
         )
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:

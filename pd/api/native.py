@@ -136,7 +136,8 @@ def _finish_reason(choice: Choice) -> dict[str, Any] | None:
     if finish.reason is FinishReason.STOP:
         return {"type": "stop", "matched": choice.matched}
     if finish.reason is FinishReason.LENGTH:
-        return {"type": "length", "length": choice.generation.prompt.sampling.max_tokens}
+        prompt = choice.generation.prompt
+        return {"type": "length", "length": 0 if prompt.score_only else prompt.sampling.max_tokens}
     return {"type": "abort", "message": finish.message}
 
 
@@ -231,6 +232,7 @@ class _Item:
             self._context.served.limits,
             max_tokens=("max_new_tokens", merged.max_new_tokens),
             min_tokens=("min_new_tokens", merged.min_new_tokens),
+            fewest_tokens=0,
             prefix=prefix,
             logprobs=self.logprobs,
             top_logprobs=self.top if self.logprobs else 0,

@@ -128,6 +128,9 @@ class Tokenizer:
             return bytes.fromhex(token[3:5])
         return self.token_text(token_id).encode()
 
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
     @cached_property
     def _anchor(self) -> list[int]:
         """An ordinary token to decode others after, so that decoders do not take them for the start of a text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -298,6 +298,61 @@ def test_streamed_and_whole_completions_are_the_same(pair: Deployment) -> None:
         for usage in (events[-1]["usage"], whole["usage"]):
             assert usage["completion_tokens"] == body["max_tokens"]
             assert usage["total_tokens"] == body["max_tokens"] + len(body["prompt"])
+
+
+def test_a_scored_prompt_has_the_logprobs_of_transformers_and_no_output(pair: Deployment) -> None:
+    asked = prompt(150, 31)
+    body = {"prompt": asked, "echo": True, "logprobs": 2, "max_tokens": 0, "prompt_logprobs": 1}
+    body["return_tokens_as_token_ids"] = True  # the text of half a character names many
+    answer = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=60).json()
+    [choice] = answer["choices"]
+    want = pair.oracle.generate_logprobs(asked, 1).logprobs
+    assert answer["usage"]["completion_tokens"] == 0 and choice["finish_reason"] == "length"
+    found = choice["logprobs"]["token_logprobs"]
+    assert len(found) == len(asked) and found[0] is None and choice["prompt_logprobs"][0] is None
+    for at in range(1, len(asked)):
+        exact = float(want[at - 1][asked[at]])
+        assert abs(found[at] - exact) < 1e-5
+        assert abs(choice["prompt_logprobs"][at][str(asked[at])]["logprob"] - exact) < 1e-5
+        assert len(choice["logprobs"]["top_logprobs"][at]) in (2, 3)
+
+
+#: Options of sampling, all with a seed, and what holds for the token ids of any answer.
+SAMPLED: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
+    "logit_bias": ({"logit_bias": {"65": 100}}, lambda ids: ids == [65] * 12),
+    "presence_penalty": ({"presence_penalty": 1.9}, lambda ids: len(ids) == 12),
+    "frequency_penalty": ({"frequency_penalty": 1.9}, lambda ids: len(ids) == 12),
+    "repetition_penalty": ({"repetition_penalty": 1.4}, lambda ids: len(ids) == 12),
+    "top_k": ({"top_k": 3}, lambda ids: len(ids) == 12),
+    "top_p": ({"top_p": 0.5}, lambda ids: len(ids) == 12),
+    "min_p": ({"min_p": 0.2}, lambda ids: len(ids) == 12),
+    "min_tokens": (
+        {"min_tokens": 5, "ignore_eos": False, "logit_bias": {"1": 100}},
+        lambda ids: len(ids) == 6 and ids.index(1) == 5,
+    ),
+    "stop_token_ids": ({"stop_token_ids": [66], "logit_bias": {"66": 100}}, lambda ids: ids == [66]),
+}
+
+
+@pytest.mark.parametrize("option", SAMPLED)
+def test_every_option_of_sampling_acts_and_gives_the_same_on_one_instance_and_on_two(
+    llama: Deployment, unified: Deployment, option: str
+) -> None:
+    fields, holds = SAMPLED[option]
+    body = {
+        "prompt": prompt(40, 3),
+        "max_tokens": 12,
+        "seed": 5,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+    answers = [
+        httpx.post(f"{at.url}/v1/completions", json={**body, "user": "me"}, timeout=60).json()["choices"][0]
+        for at in (llama, unified)
+    ]
+    assert answers[0] == answers[1]
+    assert holds(answers[0]["token_ids"]), answers[0]["token_ids"]
 
 
 def test_a_chat_streams_what_it_answers_as_a_whole(llama: Deployment) -> None:
