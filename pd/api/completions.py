@@ -112,7 +112,7 @@ def _echoes(context: Context, request: CompletionRequest, prompts: list[list[int
     """Texts as they came; tokens, and what is left of a truncated text, decoded."""
     given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     if request.truncate_prompt_tokens is None and all(isinstance(item, str) for item in given):
-        return [*given]  # type: ignore[list-item]
+        return [*given]
     skip = request.skip_special_tokens is not False
     return [context.tokenizer.decode(tokens, skip_special_tokens=skip) for tokens in prompts]
 

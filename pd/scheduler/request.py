@@ -54,6 +54,7 @@ class Request:
         "prefill_name",
         "prefills",
         "priority",
+        "probe",
         "prompt_len",
         "prompt_logprobs",
         "prompt_top_logprobs",
@@ -97,6 +98,7 @@ class Request:
         self.tried: dict[str, str] = {}  # endpoint -> why it is not asked again
         self.prefill_name = ""
         self.priority = 0
+        self.probe = False
         self.salt = ""
         self.room = -1
         self.age = 0
