@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from pd.api.server import bind
-from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig, secret_values
 from pd.errors import ConfigError, ProcessError
 from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text
 from pd.logs import configure
@@ -32,7 +32,7 @@ Ready = Callable[[str], None]
 def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
-    configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
+    configure("up", "", log, secrets=secret_values(config))
     check_text(check(config.serve, load_plugins()))
     _check_port(config.route.http)
     try:

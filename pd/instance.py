@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -25,7 +26,7 @@ from pd.api.params import Defaults
 from pd.api.service import ApiConfig
 from pd.api.tokenizer import Tokenizer
 from pd.child import ChildContext
-from pd.config import ServeConfig
+from pd.config import ServeConfig, secret_values
 from pd.errors import ProcessError
 from pd.faults import fault_prefix
 from pd.logs import configure
@@ -49,7 +50,7 @@ Ready = Callable[[dict[str, Any]], None]
 
 def run(config: ServeConfig) -> int:
     """The `pd serve` command. Returns the exit code; raises ModelError, ConfigError, ProcessError."""
-    configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
+    configure(config.role, config.name, config.log, secrets=secret_values(config))
     plugins = load_plugins()
     model = check(config, plugins)
     check_text(model)
@@ -228,7 +229,9 @@ class _Plan:
     @property
     def addresses(self) -> dict[str, Any]:
         host, port = self.http
-        addresses = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "host": host, "port": port}
+        scheme = "https" if self.config.http.ssl_certfile else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        addresses: dict[str, Any] = {"url": url, "host": host, "port": port}
         if self.control_endpoint:
             addresses["control_endpoint"] = self.control_endpoint
         return addresses
@@ -247,7 +250,7 @@ async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) ->
     runner, api = await start(plan.runner()), await start(plan.api())
     children = _Children(scheduler, api, runner)
     stopped = asyncio.ensure_future(stop.wait())
-    up = asyncio.ensure_future(_all_ready(children))
+    up = asyncio.ensure_future(_all_ready(children, bool(plan.config.http.ssl_certfile)))
     try:
         await asyncio.wait((stopped, up), return_when=asyncio.FIRST_COMPLETED)
         if not up.done():
@@ -259,9 +262,9 @@ async def _start(plan: _Plan, resources: AsyncExitStack, stop: asyncio.Event) ->
     return children
 
 
-async def _all_ready(children: _Children) -> tuple[str, int]:
+async def _all_ready(children: _Children, tls: bool) -> tuple[str, int]:
     """Until runner and api are up; the death of any child ends the wait."""
-    waits = [asyncio.ensure_future(up) for up in (children.runner.ready(START_TIMEOUT), _healthy(children.api))]
+    waits = [asyncio.ensure_future(up) for up in (children.runner.ready(START_TIMEOUT), _healthy(children.api, tls))]
     exits = asyncio.ensure_future(children.one_exits())
     pending = set(waits)
     try:
@@ -285,15 +288,17 @@ async def _all_ready(children: _Children) -> tuple[str, int]:
     return api["host"], api["port"]
 
 
-async def _healthy(api: Child) -> dict[str, Any]:
+async def _healthy(api: Child, tls: bool) -> dict[str, Any]:
     """Until the api says so itself: its processes are up, but the scheduler's word may still be on its way to it."""
     where = await api.ready(START_TIMEOUT)
     host, port = where["host"], where["port"]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    # It is our own child that is asked, by an address that its certificate need not name.
+    context = ssl._create_unverified_context() if tls else None
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end:
         with contextlib.suppress(OSError):  # an api that has died is noticed by who waits for exits
-            reader, writer = await asyncio.open_connection(address, port)
+            reader, writer = await asyncio.open_connection(address, port, ssl=context)
             writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
             status = await asyncio.wait_for(reader.readline(), EXIT_TIMEOUT)
             writer.close()

@@ -88,17 +88,7 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     if request.max_completion_tokens is not None:
         limit = ("max_completion_tokens", request.max_completion_tokens)
     wishes = resolve_wishes(context, request, limit, bool(request.logprobs), top or 0)
-    template = context.tokenizer.chat_template
-    if template is None:
-        raise RequestError("the model has no chat template: use /v1/completions", param="messages")
-    kwargs = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
-    text = template.render(
-        template_messages(request.messages),
-        add_generation_prompt=request.add_generation_prompt is not False,
-        kwargs=kwargs,
-    )
+    text = render_chat(context, request)
     # Templates write the begin-of-text token themselves.
     [tokens] = await context.tokenizer.encode([text], add_special_tokens=bool(request.add_special_tokens))
     tokens = truncated(context, request, tokens, wishes.max_tokens or 1)
@@ -106,3 +96,18 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     start, tops = prompt_logprobs_wanted(request)
     built = builder.build(tokens, wishes, 0, 1, field="messages", logprob_start=start, prompt_top_logprobs=tops)
     return ChatPlan(context, request, rid, [built])
+
+
+def render_chat(context: Context, request: ChatRequest) -> str:
+    """The conversation as the model's template writes it."""
+    template = context.tokenizer.chat_template
+    if template is None:
+        raise RequestError("the model has no chat template: use /v1/completions", param="messages")
+    kwargs = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+    return template.render(
+        template_messages(request.messages),
+        add_generation_prompt=request.add_generation_prompt is not False,
+        kwargs=kwargs,
+    )

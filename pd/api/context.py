@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from pd.access import Access
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
 from pd.api.http import Http
@@ -32,6 +33,7 @@ class Limits:
     prompts: int = 4096
     top_logprobs: int = 20  # OpenAI's bound
     scrape_s: float = 1.0
+    probe_s: float = 20.0  # of /health_generate; SGLang's bound
     flush_s: float = 30.0
     write_s: float = 300.0
 
@@ -58,6 +60,7 @@ class Context:
     served: Served
     limits: Limits = field(default_factory=Limits)
     finished: Callable[[dict[str, Any]], None] = lambda summary: None
+    access: Access = field(default_factory=Access)
 
 
 class RequestFields(SamplingFields, kw_only=True):

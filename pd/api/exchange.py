@@ -36,6 +36,7 @@ class Prompt:
     priority: int = 0
     salt: str = ""
     score_only: bool = False  # nothing of the output is shown
+    probe: bool = False  # a health check
 
 
 #: Alternatives at one position: (token ids, logprobs), most likely first.

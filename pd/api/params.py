@@ -102,6 +102,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def neutral_values(name: str) -> tuple[Any, ...] | None:
+    """The values that a field that is not built may have; None for any other field."""
+    return _NEUTRAL.get(name)
+
+
 def refuse_unsupported(fields: msgspec.Struct, prefix: str = "") -> None:
     """RequestError for the first known field that would change the output and is not built."""
     for name in fields.__struct_fields__:

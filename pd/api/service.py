@@ -7,11 +7,12 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import zmq
 
+from pd.access import Access
 from pd.api.app import App
 from pd.api.context import Context, Limits, Served
 from pd.api.engine import Engine, SchedulerChannel
@@ -106,7 +107,9 @@ class Service:
             worker=config.worker,
             idle_timeout_s=config.request_timeout,
         )
-        context = Context(self.engine, self.tokenizer, latencies, served(config), config.limits, finished)
+        limits = replace(config.limits, body_bytes=config.http.max_request_bytes)
+        access = Access.of(config.http)
+        context = Context(self.engine, self.tokenizer, latencies, served(config), limits, finished, access=access)
         self.app = App(context, _report)
 
     def _detokenizer(self, prompt: Prompt) -> Any:
@@ -128,7 +131,7 @@ class Service:
         except OSError as error:
             raise ConfigError("--port", f"cannot listen on {http.host}:{http.port}: {error}") from error
         port = listener.getsockname()[1]
-        server = HttpServer(self.app, lambda: report_ready({"host": http.host, "port": port}))
+        server = HttpServer(self.app, lambda: report_ready({"host": http.host, "port": port}), http)
         async with asyncio.TaskGroup() as group:
             background = [
                 group.create_task(self.engine.run()),

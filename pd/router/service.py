@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from pd.child import ChildContext
-from pd.config import RouteConfig
+from pd.config import RouteConfig, secret_values
 from pd.errors import ConfigError
 from pd.logs import configure, get_logger
 from pd.plugins import load_plugins
@@ -58,7 +58,7 @@ class Router:
         self.operations = Operations(self.core).table
         longest = max(_LONGEST_WAIT, config.request_timeout)
         self.limits = Limits(
-            max_body=config.max_body,
+            max_body=config.http.max_request_bytes,
             request_timeout=config.request_timeout,
             answer_timeout=longest,
             stall_timeout=longest,
@@ -181,7 +181,7 @@ async def main(config: RouteConfig, context: ChildContext) -> int:
 
 def run(config: RouteConfig) -> int:
     """The `pd route` command. Returns the exit code; raises ConfigError and PluginError."""
-    configure("router", "", config.log)
+    configure("router", "", config.log, secrets=secret_values(config))
     return run_until_signalled(lambda stop: _serve_with_plugins(config, lambda _: None, stop))
 
 

@@ -1,105 +1,24 @@
 """The real app on real sockets, with a scripted scheduler on the other end of its channel."""
 
 import asyncio
-import contextlib
 import itertools
 import json
-from dataclasses import dataclass, field
 
-import httpx
 import pytest
+from api_kit import encode, events, says, serving
 
-from pd.api.app import App
-from pd.api.context import Context, Limits, Served
-from pd.api.engine import Engine
-from pd.api.metrics import Latencies
-from pd.api.params import ModelLimits
-from pd.api.server import HttpServer, bind
-from pd.api.tokenizer import Tokenizer
+from pd.api.context import Limits
 from pd.messages import Finish
 from pd.testing import tiny_tokenizer
-from pd.testing.scripted_scheduler import Reply, ScriptedScheduler, channel_pair, tokens_of
+from pd.testing.scripted_scheduler import Reply, tokens_of
 from pd.types import FinishReason, InstanceState
 
 pytestmark = pytest.mark.process
-
-BOUND_S = 15
-STOP = Finish(FinishReason.STOP, stop_id=tiny_tokenizer.EOS)
-
-
-def encode(text):
-    return tuple(tiny_tokenizer.byte_level().encode(text, add_special_tokens=False).ids)
-
-
-def says(text, **options):
-    """A script that answers every prompt with this text and the end token."""
-    reply = Reply(tokens=(*encode(text), tiny_tokenizer.EOS), finish=STOP, **options)
-    return lambda submit: reply
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return tiny_tokenizer.write(tmp_path_factory.mktemp("model"))
-
-
-@dataclass
-class Running:
-    client: httpx.AsyncClient
-    scheduler: ScriptedScheduler
-    engine: Engine
-    app: App
-    port: int
-    summaries: list = field(default_factory=list)
-    reports: list = field(default_factory=list)
-
-    async def until(self, condition):
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    model, script, *, state=InstanceState.READY, role="unified", limits=None, idle_timeout_s=600.0, context=256
-):
-    api_end, scheduler_end = channel_pair()
-    tokenizer = Tokenizer(model)
-    latencies = Latencies()
-
-    def detokenizer(prompt):
-        return tokenizer.detokenizer(prompt.tokens, skip_special_tokens=prompt.skip_special_tokens)
-
-    engine = Engine(api_end, detokenizer, latencies, idle_timeout_s=idle_timeout_s)
-    scheduler = ScriptedScheduler(scheduler_end, script)
-    served = Served("tiny", str(model), role, ModelLimits(tokenizer.vocab_size, context, (tiny_tokenizer.EOS,)))
-    summaries, reports = [], []
-    app_context = Context(engine, tokenizer, latencies, served, limits or Limits(), summaries.append)
-    app = App(app_context, reports.append)
-    sock = bind("127.0.0.1", 0)
-    port = sock.getsockname()[1]
-    ready = asyncio.Event()
-    server = HttpServer(app, ready.set)
-    tasks = []
-    async with asyncio.timeout(BOUND_S), asyncio.TaskGroup() as group:
-        tasks = [group.create_task(c) for c in (engine.run(), scheduler.run(state), server.run_until_exit(sock))]
-        await ready.wait()
-        await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND_S) as client:
-            yield Running(client, scheduler, engine, app, port, summaries, reports)
-        server.should_exit = True
-        await tasks[2]
-        for task in tasks:
-            task.cancel()
-    tokenizer.close()
-    assert not reports, reports
-
-
-def events(text):
-    """The data of each server-sent event; the stream's form is checked on the way."""
-    assert text.endswith("\n\n")
-    blocks = text[:-2].split("\n\n")
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    return [block[6:] if block[6:] == "[DONE]" else json.loads(block[6:]) for block in blocks]
 
 
 # --- completions -----------------------------------------------------------------------------------------------------
@@ -780,7 +699,7 @@ def test_models_and_infos_describe_the_instance(run_async, model):
             assert (await at.client.get("/server_info?audit=1")).json()["audit"] == {"balanced": True}
             for path in ("/model_info", "/get_model_info"):
                 assert (await at.client.get(path)).json()["model_path"] == str(model)
-            assert (await at.client.post("/flush_cache")).json() == {"freed": 3}
+            assert (await at.client.post("/flush_cache")).json() == {"freed_blocks": 3}
 
     run_async(main())
 
