@@ -24,9 +24,15 @@ Headers = list[tuple[bytes, bytes]]
 T = TypeVar("T")
 
 _FIELD_OF_ERROR = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNFIT = re.compile(rb"[^\x20-\x7e]")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 501: "server_error", 503: "server_error"}
+
+
+def header_value(text: str) -> bytes:
+    """`text`, which may be a client's, as far as it is fit for a header."""
+    return _UNFIT.sub(b"?", text[:256].encode("latin-1", "replace"))
 
 
 class ClientDisconnected(Exception):

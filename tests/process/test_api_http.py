@@ -688,6 +688,18 @@ def test_request_id_timeout_and_prefills_travel(run_async, model):
     run_async(main())
 
 
+def test_an_id_that_no_header_can_carry_is_answered_without_what_is_unfit(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            answer = await at.client.post("/generate", json={"text": "a", "rid": "a\r\nset-cookie: b\x7f日"})
+            assert answer.status_code == 200 and answer.json()["meta_info"]["id"] == "a\r\nset-cookie: b\x7f日"
+            assert answer.headers["x-request-id"] == "a??set-cookie: b??" and "set-cookie" not in answer.headers
+            answer = await at.client.post("/v1/completions", json={"prompt": [], "rid": "x" * 5000})
+            assert answer.status_code == 400 and len(answer.headers["x-request-id"]) == 256
+
+    run_async(main())
+
+
 def test_models_and_infos_describe_the_instance(run_async, model):
     async def main():
         async with serving(model, says("x"), role="decode") as at:

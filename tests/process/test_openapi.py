@@ -224,7 +224,7 @@ def test_nothing_that_is_asked_is_a_server_error(described: Any, url: str, path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method"), [o for o in OPERATIONS if o[1] == "POST"])
-def test_nothing_that_is_asked_a_thousand_times_is_a_server_error(
+def test_nothing_that_is_asked_hundreds_of_times_is_a_server_error(
     described: Any, url: str, path: str, method: str
 ) -> None:
-    attack(described, url, path, method, 1000)
+    attack(described, url, path, method, 400)
