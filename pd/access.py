@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,33 +76,37 @@ class Access:
         return [*found, (b"access-control-max-age", _PREFLIGHT_AGE)]
 
 
-def server_tls(http: HttpConfig, flag: Callable[[str], str] | None = None) -> ssl.SSLContext | None:
-    """The context of a server; None without a certificate. Raises ConfigError; `flag` tells how a field was set."""
-    name = flag or (lambda field: "--" + field.replace("_", "-"))
+def server_tls(http: HttpConfig) -> ssl.SSLContext | None:
+    """The context of a server; None without a certificate. Raises ConfigError naming the flag at fault."""
     if not http.ssl_certfile:
-        for field in ("ssl_keyfile", "ssl_keyfile_password"):
-            if getattr(http, field):
-                raise ConfigError(name(field), "it needs a certificate", "give --ssl-certfile, too")
+        for flag, given in (("--ssl-keyfile", http.ssl_keyfile), ("--ssl-keyfile-password", http.ssl_keyfile_password)):
+            if given:
+                raise ConfigError(flag, "it needs a certificate", "give --ssl-certfile, too")
         return None
-    for field in ("ssl_certfile", "ssl_keyfile"):
-        _check_readable(name(field), getattr(http, field))
+    _check_readable("--ssl-certfile", http.ssl_certfile)
+    _check_readable("--ssl-keyfile", http.ssl_keyfile)
+    if not _has_certificate(http.ssl_certfile):
+        raise ConfigError("--ssl-certfile", f"{http.ssl_certfile} has no certificate in PEM form")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # A key that is encrypted would otherwise be asked for on the terminal.
-    password = http.ssl_keyfile_password
-    key_flag = name("ssl_keyfile" if http.ssl_keyfile else "ssl_certfile")
+    password, asked = http.ssl_keyfile_password, False
+
+    def tell() -> str:  # or an encrypted key would be asked for on the terminal
+        nonlocal asked
+        asked = True
+        return password
+
     try:
-        context.load_cert_chain(http.ssl_certfile, http.ssl_keyfile or None, lambda: password)
-    except ssl.SSLError as error:
-        reason = error.reason or str(error)
-        if reason == "KEY_VALUES_MISMATCH":
-            raise ConfigError(key_flag, "the key is not that of the certificate") from error
-        if "DECRYPT" in reason or "PASSWORD" in reason or "PKCS12" in reason:
-            problem = "wrong" if password else "missing"
-            raise ConfigError(
-                name("ssl_keyfile_password"), f"the key is encrypted, and the password is {problem}"
-            ) from (error)
-        culprit = name("ssl_certfile") if not _has_certificate(http.ssl_certfile) else key_flag
-        raise ConfigError(culprit, f"not a PEM file of the right kind: {reason}") from error
+        context.load_cert_chain(http.ssl_certfile, http.ssl_keyfile or None, tell)
+    except (ssl.SSLError, ValueError) as error:
+        if asked:
+            problem = "is wrong" if password else "is needed: the key is encrypted"
+            raise ConfigError("--ssl-keyfile-password", f"it {problem}") from error
+        if getattr(error, "reason", "") == "KEY_VALUES_MISMATCH":
+            raise ConfigError("--ssl-keyfile", "the key is not that of the certificate") from error
+        where = http.ssl_keyfile or http.ssl_certfile
+        raise ConfigError("--ssl-keyfile", f"{where} has no private key in PEM form") from error
+    if password and not asked:
+        raise ConfigError("--ssl-keyfile-password", "the key is not encrypted", "leave it out")
     return context
 
 
@@ -123,10 +126,9 @@ def _has_certificate(path: str) -> bool:
     return True
 
 
-def client_tls(authorities: str, flag: str = "--worker-ca-certs") -> ssl.SSLContext:
+def client_tls(authorities: str) -> ssl.SSLContext:
     """The context of a client that trusts what `authorities`, a file, vouches for; "" is the system's. ConfigError."""
-    _check_readable(flag, authorities)
-    try:
-        return ssl.create_default_context(cafile=authorities or None)
-    except ssl.SSLError as error:
-        raise ConfigError(flag, f"not a PEM file of certificates: {error.reason or error}") from error
+    _check_readable("--worker-ca-certs", authorities)
+    if authorities and not _has_certificate(authorities):
+        raise ConfigError("--worker-ca-certs", f"{authorities} has no certificate in PEM form")
+    return ssl.create_default_context(cafile=authorities or None)

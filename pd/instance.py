@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import structlog
 
+from pd.access import server_tls
 from pd.api.params import Defaults
 from pd.api.service import ApiConfig
 from pd.api.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def run(config: ServeConfig) -> int:
     plugins = load_plugins()
     model = check(config, plugins)
     check_text(model)
+    server_tls(config.http)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
 
 

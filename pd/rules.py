@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.access import client_tls, server_tls
 from pd.config import ROLES, ControlConfig, HttpConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
@@ -121,7 +120,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _http(http: HttpConfig, given: Given, prefix: tuple[str, ...]) -> HttpConfig:
-    """Lists as vLLM's lines have them, `["*"]`, are lists; what TLS needs can be read."""
+    """Lists as vLLM's lines have them, `["*"]`, are lists. Files are looked at by who opens them."""
 
     def flag(field: str) -> str:
         return given.get((*prefix, field), "--" + field.replace("_", "-"))
@@ -138,7 +137,6 @@ def _http(http: HttpConfig, given: Given, prefix: tuple[str, ...]) -> HttpConfig
         raise ConfigError(flag("allowed_origins"), "none goes with no other origin")
     if http.api_key and not (http.api_key.isascii() and http.api_key.isprintable() and " " not in http.api_key):
         raise ConfigError(flag("api_key"), "it must be printable ASCII without spaces: it travels in a header")
-    server_tls(http, flag)
     return http
 
 
@@ -174,10 +172,6 @@ def _route(config: RouteConfig, given: Given, policies: Collection[str] | None) 
         raise ConfigError(given[("pd_disaggregation",)], "pd route always pairs prefill and decode")
     _check_policies(config, given, (), policies)
     config = replace(config, http=_http(config.http, given, ("http",)))
-    if config.worker_ca_certs:
-        client_tls(config.worker_ca_certs, given[("worker_ca_certs",)])
-        if not any(url.startswith("https:") for url in (*urls, *decode)):
-            raise ConfigError(given[("worker_ca_certs",)], "no worker is asked by https", "leave it out")
     return replace(config, prefill=urls, decode=decode, prefill_bootstrap_ports=ports)
 
 

@@ -196,6 +196,8 @@ class Fleet:
         self.decode = self._workers("decode", [parse_address("--decode", url) for url in config.decode])
         if not self.decode:
             raise ConfigError("--decode", "no decode instance given", "name at least one URL")
+        if config.worker_ca_certs and not any(worker.connections.tls for worker in self.all()):
+            raise ConfigError("--worker-ca-certs", "no worker is asked by https", "leave it out")
 
     def _workers(self, pool: str, addresses: list[Address]) -> list[Worker]:
         https = any(address.url.startswith("https:") for address in addresses)
