@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from pd.access import server_tls
 from pd.api.server import bind
 from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig, secret_values
 from pd.errors import ConfigError, ProcessError
@@ -34,6 +35,7 @@ def run(config: UpConfig) -> int:
     log = config.serve.log
     configure("up", "", log, secrets=secret_values(config))
     check_text(check(config.serve, load_plugins()))
+    server_tls(config.route.http)
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

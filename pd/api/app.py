@@ -107,17 +107,17 @@ class App:
 
     async def completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._completion)
-        rid = http.request_id() or request.rid
+        rid = request.rid or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_completion(self.context, http, request, rid))
 
     async def chat_completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._chat)
-        rid = http.request_id() or request.rid
+        rid = request.rid or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_chat(self.context, http, request, rid))
 
     async def generate(self, http: Http) -> None:
         arrived, request = await self._read(http, self._generate)
-        rid = http.request_id() or (request.rid if isinstance(request.rid, str) else None)
+        rid = (request.rid if isinstance(request.rid, str) else None) or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_generate(self.context, http, request, rid))
 
     async def _read(self, http: Http, decoder: msgspec.json.Decoder[Any]) -> tuple[float, Any]:

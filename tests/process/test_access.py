@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 import trustme
 from api_kit import says, serving
 from router_kit import FakeWorker, eventually, prefill_worker, routing, workers
+from up_kit import running
 
 from pd.access import Access
 from pd.config import HttpConfig
 from pd.testing import tiny_tokenizer
+from tests.oracle import tiny_model
 
 pytestmark = pytest.mark.process
 
@@ -326,3 +329,49 @@ def test_the_router_offers_the_workers_operations(run_async: Run) -> None:
                 assert (await gate.post(path, b"{}")).status == 501
 
     run_async(main())
+
+
+# --- the whole instance ----------------------------------------------------------------------------------------------
+
+
+def test_pd_serve_takes_key_and_certificate_and_shows_neither(tmp_path: Path, files: Path) -> None:
+    model = tiny_model(tmp_path / "models", tokenizer=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pd",
+        "serve",
+        model,
+        "--port",
+        "0",
+        "--log-format",
+        "json",
+        "--log-level",
+        "debug",
+    ]
+    tls = ["--ssl-certfile", str(files / "cert.pem"), "--ssl-keyfile", str(files / "key.pem")]
+    root, ready = str(Path(__file__).parents[2]), r'"url": "(https://[^"]+)"'
+    limit = ["--max-request-bytes", "2000", "--log-level", "debug"]
+    with running([*command, *tls, *limit], tmp_path / "logs", ready=ready, PYTHONPATH=root, PD_API_KEY=KEY) as one:
+        trusting = ssl.create_default_context(cafile=files / "ca.pem")
+        with httpx.Client(base_url=one.url, verify=trusting, timeout=30) as client:
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 3}, headers=RIGHT)
+            assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+            assert client.post("/v1/completions", json={"prompt": "a" * 3000}, headers=RIGHT).status_code == 413
+        assert one.stop() == 0
+    assert KEY not in one.stdout + one.stderr
+
+
+def test_a_cluster_with_a_key_works_as_one_without(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "models", tokenizer=True)
+    command = [sys.executable, "-m", "pd", "up", model, "--port", "0", "--log-format", "json", "--api-key", KEY]
+    with running(command, tmp_path / "logs", PYTHONPATH=str(Path(__file__).parents[2])) as one:
+        assert httpx.get(f"{one.url}/health", timeout=30).status_code == 200
+        assert httpx.get(f"{one.url}/v1/models", timeout=30).status_code == 401
+        body = {"prompt": "abc", "max_tokens": 3}
+        answer = httpx.post(f"{one.url}/v1/completions", json=body, headers=RIGHT, timeout=30)
+        assert answer.status_code == 200 and answer.headers["x-pd-prefill-used"] == "prefill-0"
+        assert one.stop() == 0
+    assert KEY not in one.stdout + one.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -413,3 +414,57 @@ def test_a_request_that_names_no_prefill_is_503_under_never(llama: Deployment) -
     response = httpx.post(f"{llama.decode}/v1/completions", json=body, timeout=30)
     assert response.status_code == 503
     assert "prefill" in response.json()["error"]["message"]
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def test_every_instance_generates_a_token_for_a_health_check(llama: Deployment, unified: Deployment) -> None:
+    steps = [metrics(url)["pd_steps_total"] for url in (llama.prefill, llama.decode, unified.decode)]
+    for url in (llama.prefill, llama.decode, unified.decode, llama.url):
+        assert httpx.get(f"{url}/health_generate", timeout=30).status_code == 200, url
+    after = [metrics(url)["pd_steps_total"] for url in (llama.prefill, llama.decode, unified.decode)]
+    assert all(later > earlier for earlier, later in zip(steps, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_paused_cluster_stands_still_and_goes_on_with_the_same_tokens(llama: Deployment, mode: str) -> None:
+    body = ask(prompt(80, 21), 120)
+    (want,) = llama.generate([body])
+    with httpx.stream("POST", f"{llama.url}/generate", json={**body, "stream": True}, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        for _ in range(5):
+            next(lines)
+        paused = httpx.post(f"{llama.url}/pause_generation", json={"mode": mode}, timeout=30).json()
+        assert paused["success"] and paused["aborted"] == 0
+        time.sleep(0.2)
+        steps = metrics(llama.decode)["pd_steps_total"]
+        time.sleep(0.3)
+        assert metrics(llama.decode)["pd_steps_total"] == steps
+        assert httpx.get(f"{llama.decode}/server_info", timeout=30).json()["paused"] is True
+        assert httpx.get(f"{llama.decode}/health_generate", timeout=30).status_code == 503
+        assert httpx.post(f"{llama.url}/continue_generation", json={}, timeout=30).json()["success"]
+        last = [json.loads(line.removeprefix("data: ")) for line in lines][-1]
+    assert last["output_ids"] == want["output_ids"]
+
+
+@pytest.mark.parametrize("how", ["/abort_request", "/pause_generation"])
+def test_an_abort_ends_a_stream_on_the_decode_instance_by_the_router(llama: Deployment, how: str) -> None:
+    body = {"prompt": prompt(60, 3), "max_tokens": 900, "ignore_eos": True, "stream": True, "rid": "to-be-aborted"}
+    wish = {"rid": "to-be-aborted"} if how == "/abort_request" else {"mode": "abort"}
+    with httpx.stream("POST", f"{llama.url}/v1/completions", json=body, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        for _ in range(3):
+            next(lines)
+        assert httpx.post(f"{llama.url}{how}", json=wish, timeout=30).json()["aborted"] == 1
+        *_, last, done = lines
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+    httpx.post(f"{llama.url}/continue_generation", timeout=30).raise_for_status()
+
+
+def test_the_load_of_every_instance_is_in_the_routers(llama: Deployment) -> None:
+    body = httpx.get(f"{llama.url}/v1/loads", timeout=30).json()
+    assert {entry["worker"] for entry in body["loads"]} == {llama.prefill, llama.decode}
+    assert all(entry["num_used_tokens"] == 0 and entry["max_total_num_tokens"] > 0 for entry in body["loads"])
+    assert len(httpx.get(f"{llama.url}/get_load", timeout=30).json()) == 2

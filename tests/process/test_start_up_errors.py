@@ -87,3 +87,10 @@ def test_a_port_that_is_taken(model: str, tmp_path: Path, flag: str, more: tuple
         code, line = said(["serve", model, flag, port, *more, *control, *small], tmp_path)
     assert line.startswith(f"pd: {flag}: cannot listen on 127.0.0.1:{port}: ") and code == 2
     assert "ddress already in use" in line
+
+
+@pytest.mark.parametrize("command", ["serve", "route", "up"])
+def test_a_certificate_that_is_not_there(model: str, tmp_path: Path, command: str) -> None:
+    words = ["--decode", "http://127.0.0.1:1"] if command == "route" else [model]
+    code, line = said([command, *words, "--port", "0", "--ssl-certfile", "absent.pem"], tmp_path)
+    assert (code, line) == (2, "pd: --ssl-certfile: cannot read absent.pem: No such file or directory")
