@@ -14,8 +14,9 @@ from typing import Any
 
 import structlog
 
+from pd.access import server_tls
 from pd.api.server import bind
-from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import HttpConfig, RouteConfig, ServeConfig, UpConfig, secret_values
 from pd.errors import ConfigError, ProcessError
 from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text, located
 from pd.logs import configure
@@ -32,10 +33,11 @@ Ready = Callable[[str], None]
 def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
-    configure("up", "", log, secrets=[s for s in (config.serve.control.cluster_secret,) if s])
+    configure("up", "", log, secrets=secret_values(config))
     plugins = load_plugins()
     config = replace(config, serve=located(config.serve, plugins))
     check_text(check(config.serve, plugins), config.serve.chat.chat_template)
+    server_tls(config.route.http)
     _check_port(config.route.http)
     try:
         return run_until_signalled(lambda stop: up(config, stop, _greet))

@@ -269,6 +269,24 @@ class HttpConfig:
         at_least=1,
         at_most=64,
     )
+    max_request_bytes: int = setting(
+        64 << 20, "largest request body", unit="bytes", aliases=("--max-body",), env=("PD_MAX_BODY",), at_least=1
+    )
+    api_key: str = setting(
+        "",
+        "key that requests must bring as `Authorization: Bearer KEY`; a router also asks its workers with it",
+        secret=True,
+        metavar="KEY",
+    )
+    ssl_certfile: str = setting("", "certificate chain (PEM): HTTPS instead of HTTP", metavar="FILE")
+    ssl_keyfile: str = setting("", "its private key (PEM), if it is not in the same file", metavar="FILE")
+    ssl_keyfile_password: str = setting("", "password of the private key", secret=True)
+    allowed_origins: tuple[str, ...] = setting(
+        ("*",), "origins of web pages that may ask (CORS): any, or `none`, or a list", metavar="ORIGIN"
+    )
+    allowed_methods: tuple[str, ...] = setting(("*",), "methods that web pages may use", metavar="METHOD")
+    allowed_headers: tuple[str, ...] = setting(("*",), "headers that web pages may send", metavar="HEADER")
+    allow_credentials: bool = setting(False, "web pages may send cookies and the like")
 
 
 @dataclass(frozen=True)
@@ -325,7 +343,9 @@ class RouteConfig:
         above=0,
     )
     connect_timeout: float = setting(2.0, "longest wait for a worker's connection", unit="s", above=0)
-    max_body: int = setting(64 << 20, "largest request body", unit="bytes", at_least=1)
+    worker_ca_certs: str = setting(
+        "", "certificate authorities (PEM) by which https workers are judged (default: the system's)", metavar="FILE"
+    )
     http: HttpConfig = field(default_factory=lambda: HttpConfig(port=8000))
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -344,7 +364,23 @@ class UpConfig:
     restart: bool = setting(True, "restart an instance that died, with back-off")
     serve: ServeConfig = field(
         default_factory=lambda: ServeConfig(http=HttpConfig(port=0), control=ControlConfig(control_port=0)),
-        metadata={"omit": ("role", "host", "port", "control_host", "control_port", "insecure_control_plane")},
+        metadata={
+            "omit": (
+                "role",
+                "host",
+                "port",
+                "control_host",
+                "control_port",
+                "insecure_control_plane",
+                "ssl_certfile",  # instances listen for the router only, on this host
+                "ssl_keyfile",
+                "ssl_keyfile_password",
+                "allowed_origins",
+                "allowed_methods",
+                "allowed_headers",
+                "allow_credentials",
+            )
+        },
     )
     route: RouteConfig = field(
         default_factory=lambda: RouteConfig(http=HttpConfig(port=8000)),
@@ -355,6 +391,7 @@ class UpConfig:
                 "decode",
                 "pd_disaggregation",
                 "connect_timeout",
+                "worker_ca_certs",
             )
         },
     )

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -21,11 +22,12 @@ from typing import Any, NoReturn
 
 import structlog
 
+from pd.access import server_tls
 from pd.api.params import Defaults
 from pd.api.service import ApiConfig
 from pd.api.tokenizer import Tokenizer
 from pd.child import ChildContext
-from pd.config import ServeConfig
+from pd.config import ServeConfig, secret_values
 from pd.errors import ProcessError
 from pd.faults import fault_prefix
 from pd.logs import configure
@@ -51,11 +53,12 @@ Ready = Callable[[dict[str, Any]], None]
 
 def run(config: ServeConfig) -> int:
     """The `pd serve` command. Returns the exit code; raises ModelError, ConfigError, ProcessError."""
-    configure(config.role, config.name, config.log, secrets=[s for s in (config.control.cluster_secret,) if s])
+    configure(config.role, config.name, config.log, secrets=secret_values(config))
     plugins = load_plugins()
     config = located(config, plugins)
     model = check(config, plugins)
     check_text(model, config.chat.chat_template)
+    server_tls(config.http)
     return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
 
 
@@ -269,7 +272,9 @@ class Plan:
     @property
     def addresses(self) -> dict[str, Any]:
         host, port = self.http
-        addresses = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "host": host, "port": port}
+        scheme = "https" if self.config.http.ssl_certfile else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        addresses: dict[str, Any] = {"url": url, "host": host, "port": port}
         if self.control_endpoint:
             addresses["control_endpoint"] = self.control_endpoint
         return addresses
@@ -289,7 +294,9 @@ async def _start(plan: Plan, resources: AsyncExitStack, stop: asyncio.Event) -> 
     children = _Children(scheduler, [api], runner)
 
     async def everything() -> None:
-        _, where = await _all_up(children, runner.ready(START_TIMEOUT), _healthy(api))
+        _, where = await _all_up(
+            children, runner.ready(START_TIMEOUT), _healthy(api, bool(plan.config.http.ssl_certfile))
+        )
         plan.http = where["host"], where["port"]
         children.apis += [await start(plan.api(worker)) for worker in range(1, plan.config.http.api_workers)]
         await _all_up(children, *(other.ready(START_TIMEOUT) for other in children.apis[1:]))
@@ -332,15 +339,17 @@ async def _all_up(children: _Children, *ups: Coroutine[Any, Any, dict[str, Any]]
     return [wait.result() for wait in waits]
 
 
-async def _healthy(api: Child) -> dict[str, Any]:
+async def _healthy(api: Child, tls: bool) -> dict[str, Any]:
     """Until the api says so itself: its processes are up, but the scheduler's word may still be on its way to it."""
     where = await api.ready(START_TIMEOUT)
     host, port = where["host"], where["port"]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    # It is our own child that is asked, by an address that its certificate need not name.
+    context = ssl._create_unverified_context() if tls else None
     end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end:
         with contextlib.suppress(OSError):  # an api that has died is noticed by who waits for exits
-            reader, writer = await asyncio.open_connection(address, port)
+            reader, writer = await asyncio.open_connection(address, port, ssl=context)
             writer.write(f"GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
             status = await asyncio.wait_for(reader.readline(), EXIT_TIMEOUT)
             writer.close()

@@ -2,9 +2,9 @@
 
 Three families share this module because they share values:
 
-- api <-> scheduler (ZMQ ipc): `Submit`, `Abort`, `Ask` / `StepOutputs`, `Rejected`, `Answer`, `InstanceInfo`.
+- api <-> scheduler (ZMQ ipc): `Submit`, `Abort`, `Ask`, `Pause`, â¦ / `StepOutputs`, `Rejected`, `Answer`, â¦
 - scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone` and `GrammarCompile` / `GrammarCompiled` on one socket, the
-  `Transfer…` messages on another.
+  `Transferâ¦` messages on another.
 - scheduler <-> scheduler (ZMQ tcp, the control plane): `Hello` … `Goodbye`, each in an `Envelope`.
 
 Raw arrays: a field named `…_i32`, `…_i64`, `…_u8`, `…_f32` is the little-endian bytes of such an array. Ids and tokens
@@ -76,7 +76,7 @@ class Submit(Message):
     `logprob_start` >= 0 asks for prompt logprobs from that position. `prefills` are control endpoints in order of
     preference ("tcp://host:port"); empty means local. `client_timeout_ms` bounds the whole request, `idle_timeout_ms`
     the time without a new token. `salt` separates prefix caches (adapter, media, tenant). `room` >= 0 is the label of
-    a foreign router's two-leg request.
+    a foreign router's two-leg request. `probe`: a health check, computed here whatever the role.
     """
 
     key: int
@@ -92,6 +92,7 @@ class Submit(Message):
     priority: int = 0
     salt: str = ""
     room: int = -1
+    probe: bool = False
 
 
 class Abort(Message):
@@ -104,6 +105,31 @@ class Ask(Message):
 
     token: int
     what: str
+
+
+class AbortMatching(Message):
+    """End requests, of every api worker, by their client's id: "" ends all. Answered by `Answer` {"aborted": count}.
+
+    The prompts of a batch without ids of their own are called ID-0, ID-1, …: ID ends them all.
+    """
+
+    token: int
+    rid: str
+
+
+class Pause(Message):
+    """Order no more steps until `Continue`. `mode`: abort ends every request first, retract takes the running ones out
+    of the batch (their blocks go to the prefix cache), in_place leaves them where they are. Answered by `Answer`.
+    """
+
+    token: int
+    mode: str
+
+
+class Continue(Message):
+    """Answered by `Answer`."""
+
+    token: int
 
 
 # --- scheduler -> api -----------------------------------------------------------------------------------------------
@@ -168,6 +194,7 @@ class InstanceInfo(Message):
     control_endpoint: str = ""  # "tcp://host:port" where this instance answers Hello; prefill only
     max_total_tokens: int = 0
     page_size: int = 0
+    paused: bool = False
 
 
 class Drain(Message):
@@ -670,7 +697,8 @@ class Goodbye(Message):
     reason: str
 
 
-ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain
+Command: TypeAlias = AbortMatching | Pause | Continue
+ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain | AbortMatching | Pause | Continue
 SchedulerToApi: TypeAlias = StepOutputs | Rejected | Answer | InstanceInfo
 SchedulerToRunner: TypeAlias = StepOrder | GrammarCompile
 RunnerToScheduler: TypeAlias = StepDone | GrammarCompiled | RunnerReady | RunnerFailed

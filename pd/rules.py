@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.config import ROLES, ChatConfig, ControlConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import ROLES, ChatConfig, ControlConfig, HttpConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError
 
 Given = Mapping[tuple[str, ...], str]
@@ -54,6 +55,7 @@ def apply(config: Any, given: Given, backends: Mapping[str, Backend] | None, pol
 def _serve(config: ServeConfig, given: Given, backends: Mapping[str, Backend] | None) -> ServeConfig:
     if not config.model.model:
         raise ConfigError("MODEL", "no model given", "name a model directory or a hub id")
+    config = replace(config, http=_http(config.http, given, ("http",)))
     _check_revision(config.model, given)
     _check_local_prefill(config.scheduler.local_prefill, given.get(("scheduler", "local_prefill"), "--local-prefill"))
     _check_control_host(config.control, given.get(("control", "control_host"), "--control-host"))
@@ -137,6 +139,42 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+# --- HTTP -----------------------------------------------------------------------------------------------------------
+
+
+def _http(http: HttpConfig, given: Given, prefix: tuple[str, ...]) -> HttpConfig:
+    """Lists as vLLM's lines have them, `["*"]`, are lists. Files are looked at by who opens them."""
+
+    def flag(field: str) -> str:
+        return given.get((*prefix, field), "--" + field.replace("_", "-"))
+
+    http = replace(
+        http,
+        allowed_origins=_words(http.allowed_origins, flag("allowed_origins")),
+        allowed_methods=_words(http.allowed_methods, flag("allowed_methods")),
+        allowed_headers=_words(http.allowed_headers, flag("allowed_headers")),
+    )
+    if not http.allowed_origins:
+        raise ConfigError(flag("allowed_origins"), "no origin given", "none allows none")
+    if "none" in http.allowed_origins and len(http.allowed_origins) > 1:
+        raise ConfigError(flag("allowed_origins"), "none goes with no other origin")
+    if http.api_key and not (http.api_key.isascii() and http.api_key.isprintable() and " " not in http.api_key):
+        raise ConfigError(flag("api_key"), "it must be printable ASCII without spaces: it travels in a header")
+    return http
+
+
+def _words(words: tuple[str, ...], flag: str) -> tuple[str, ...]:
+    if not any(word.startswith("[") for word in words):
+        return words
+    try:
+        found = json.loads(",".join(words))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        raise ConfigError(flag, f"{' '.join(words)!r} is not a list of strings in JSON")
+    return tuple(found)
+
+
 # --- route ----------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +194,7 @@ def _route(config: RouteConfig, given: Given, policies: Collection[str] | None) 
     if given.get(("pd_disaggregation",)) and not config.pd_disaggregation:
         raise ConfigError(given[("pd_disaggregation",)], "pd route always pairs prefill and decode")
     _check_policies(config, given, (), policies)
+    config = replace(config, http=_http(config.http, given, ("http",)))
     return replace(config, prefill=urls, decode=decode, prefill_bootstrap_ports=ports)
 
 
@@ -187,10 +226,12 @@ def _url(word: str, source: str) -> str:
         port = parts.port
     except ValueError as error:
         raise ConfigError(source, f"{word!r}: {error}") from None
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ConfigError(source, f"{word!r} is not of the form http://host:port")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(source, f"{word!r} is not of the form http://host:port or https://host:port")
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ConfigError(source, f"{word!r} is not of the form http://host:port or https://host:port")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"http://{host}:{port or 80}"
+    return f"{parts.scheme}://{host}:{port or (443 if parts.scheme == 'https' else 80)}"
 
 
 def _merge_ports(config: RouteConfig, ports: tuple[int, ...], source: str) -> tuple[int, ...]:
@@ -249,6 +290,8 @@ def _up(
     serve = replace(serve, chat=_with_template(serve.chat, inner.get(("chat", "chat_template"), "--chat-template")))
     serve = _with_transfer(serve, inner, backends, used=not config.unified)
     _check_policies(config.route, given, ("route",), policies)
+    route = replace(config.route, http=_http(config.route.http, given, ("route", "http")))
+    config = replace(config, route=route)
     return replace(config, serve=serve)
 
 

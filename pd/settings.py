@@ -155,6 +155,8 @@ def add_settings(parser: argparse.ArgumentParser, config_type: type) -> None:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

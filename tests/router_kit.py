@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,6 +143,8 @@ class FakeWorker:
     load: dict[str, int] | None = field(default_factory=lambda: {"running": 0, "waiting": 0})
     local_prefill: str = "fallback"
     models: tuple[str, ...] = ("tiny",)
+    key: str = ""
+    tls: ssl.SSLContext | None = None
     checks: int = 0
     hang: bool = False  # health checks are not answered
     accepted: int = 0
@@ -152,11 +155,11 @@ class FakeWorker:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def start(self) -> FakeWorker:
         loop = asyncio.get_running_loop()
-        self.server = await loop.create_server(lambda: _WorkerConnection(self), "127.0.0.1", self.port)
+        self.server = await loop.create_server(lambda: _WorkerConnection(self), "127.0.0.1", self.port, ssl=self.tls)
         self.port = self.server.sockets[0].getsockname()[1]
         return self
 
@@ -175,7 +178,9 @@ class FakeWorker:
 
     async def handle(self, call: Call) -> None:
         path = call.target.partition("?")[0]
-        if path in ("/health", "/server_info"):
+        if self.key and call.headers.get("authorization") != f"Bearer {self.key}" and path != "/health":
+            call.answer(401)
+        elif path in ("/health", "/server_info"):
             if self.hang:
                 await call.gone.wait()
                 return
@@ -348,9 +353,13 @@ async def routing(
     *,
     policies: dict[str, Entry] | None = None,
     drain_timeout: float = 5.0,
+    audited: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Gate]:
-    """A router in front of these workers, on this loop. Every pool takes its first worker unless `policies` says."""
+    """A router in front of these workers, on this loop. Every pool takes its first worker unless `policies` says.
+
+    One that a plain client may not ask cannot be `audited`.
+    """
     stop = asyncio.Event()
     ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
     made: dict[str, First] = {}
@@ -362,9 +371,13 @@ async def routing(
     config = RouteConfig(
         prefill=tuple(worker.url for worker in prefill),
         decode=tuple(worker.url for worker in decode),
-        http=HttpConfig(port=0, drain_timeout=drain_timeout),
         log=LogConfig(log_level="error"),
-        **{"health_interval": 0.1, "health_timeout": 2.0, **settings},
+        **{
+            "http": HttpConfig(port=0, drain_timeout=drain_timeout),
+            "health_interval": 0.1,
+            "health_timeout": 2.0,
+            **settings,
+        },
     )
     table = policies if policies is not None else {"random": Entry(first)}
     async with asyncio.TaskGroup() as group:
@@ -375,7 +388,7 @@ async def routing(
         gate = Gate(ready.result(), stop, made)
         try:
             yield gate
-            if not stop.is_set():
+            if audited and not stop.is_set():
                 await gate.audit()
         finally:
             for client in gate.clients:

@@ -1,27 +1,24 @@
-"""The ASGI application: which path and method goes where, and how errors become answers."""
+"""The ASGI application: which path and method goes where, who may ask, and how errors become answers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import msgspec
 
-import pd
-from pd.api import metrics
+from pd.api import answers, openapi
 from pd.api.chat import ChatRequest, plan_chat
 from pd.api.completions import CompletionRequest, plan_completion
-from pd.api.context import Context, Served
+from pd.api.context import Context
 from pd.api.generate import Generator, Writers
-from pd.api.http import ClientDisconnected, Http, Receive, Scope, Send, error_body, http_error
+from pd.api.http import ClientDisconnected, Http, Receive, Scope, Send, http_error
 from pd.api.native import GenerateRequest, plan_generate
+from pd.api.operations import Operations
+from pd.api.routes import GET, POST, Endpoint, Route, Table
 from pd.errors import RequestError
-from pd.types import Role
-
-Endpoint = Callable[[Http], Awaitable[None]]
-
-_TRUE = ("1", "true", "yes")
 
 
 class App:
@@ -38,20 +35,19 @@ class App:
         self._completion = msgspec.json.Decoder(CompletionRequest)
         self._chat = msgspec.json.Decoder(ChatRequest)
         self._generate = msgspec.json.Decoder(GenerateRequest)
-        get, post, both = ("GET",), ("POST",), ("GET", "POST")
-        self._routes: dict[str, tuple[tuple[str, ...], Endpoint]] = {
-            "/v1/completions": (post, self.completions),
-            "/v1/chat/completions": (post, self.chat_completions),
-            "/generate": (("POST", "PUT"), self.generate),
-            "/v1/models": (get, self.models),
-            "/health": (get, self.health),
-            "/server_info": (get, self.server_info),
-            "/get_server_info": (get, self.server_info),
-            "/model_info": (get, self.model_info),
-            "/get_model_info": (get, self.model_info),
-            "/metrics": (get, self.metrics),
-            "/flush_cache": (both, self.flush_cache),
-        }
+        self.table = Table([*self._routes(), *Operations(context).routes()])
+
+    def _routes(self) -> list[Route]:
+        completion: dict[str, Any] = {"body": CompletionRequest, "answer": answers.CompletionAnswer, "streams": True}
+        chat: dict[str, Any] = {"body": ChatRequest, "answer": answers.ChatAnswer, "streams": True}
+        either = answers.GenerateAnswer | list[answers.GenerateAnswer]
+        native: dict[str, Any] = {"body": GenerateRequest, "answer": either, "streams": True}
+        return [
+            Route("/v1/completions", POST, self.completions, "OpenAI's completions", **completion),
+            Route("/v1/chat/completions", POST, self.chat_completions, "OpenAI's chat", **chat),
+            Route("/generate", ("POST", "PUT"), self.generate, "SGLang's native interface", **native),
+            Route("/openapi.json", GET, self.openapi, "This description", dict[str, Any]),
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,9 +56,9 @@ class App:
         self._active += 1
         self.idle.clear()
         try:
-            await self._endpoint(http)(http)
+            await self._answer(http)
         except RequestError as error:
-            await http.respond_error(error)
+            await http.respond_error(error, [(b"www-authenticate", b"Bearer")] if error.status == 401 else None)
         except ClientDisconnected:
             return
         except Exception as error:
@@ -76,29 +72,52 @@ class App:
             if not self._active:
                 self.idle.set()
 
-    def _endpoint(self, http: Http) -> Endpoint:
-        methods, endpoint = self._routes.get(http.path.rstrip("/") or "/", ((), None))
-        if endpoint is None:
+    async def _answer(self, http: Http) -> None:
+        access = self.context.access
+        origin = http.headers.get("origin", "") if access.origins else ""
+        http.extra_headers = access.cors(origin)
+        route = self.table.find(http.path)
+        if http.method == "OPTIONS" and origin and "access-control-request-method" in http.headers:
+            await self._preflight(http, route, origin)
+            return
+        if not access.permits(http.path, http.headers.get("authorization", "")):
+            raise http_error(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key")
+        await self._endpoint(http, route)(http)
+
+    async def _preflight(self, http: Http, route: Route | None, origin: str) -> None:
+        """A browser asks first; it has no key yet."""
+        methods = route.methods if route is not None else ()
+        wanted = http.headers.get("access-control-request-headers", "")
+        headers = self.context.access.preflight(origin, methods, wanted)
+        if headers is None:
+            raise http_error(403, "pages of this origin may not ask (--allowed-origins)", "origin_not_allowed")
+        http.extra_headers = headers
+        await http.respond(200, b"", "text/plain")
+
+    def _endpoint(self, http: Http, route: Route | None) -> Endpoint:
+        if route is None:
             raise http_error(404, f"there is no {http.path}", "not_found")
+        methods = route.methods
         if http.method not in methods and not (http.method == "HEAD" and "GET" in methods):
+            http.extra_headers = [*http.extra_headers, (b"allow", ", ".join(methods).encode())]
             raise http_error(405, f"{http.path} takes {' or '.join(methods)}, not {http.method}", "method_not_allowed")
-        return endpoint
+        return route.endpoint
 
     # --- generating --------------------------------------------------------------------------------------------------
 
     async def completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._completion)
-        rid = http.request_id() or request.rid
+        rid = request.rid or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_completion(self.context, http, request, rid))
 
     async def chat_completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._chat)
-        rid = http.request_id() or request.rid
+        rid = request.rid or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_chat(self.context, http, request, rid))
 
     async def generate(self, http: Http) -> None:
         arrived, request = await self._read(http, self._generate)
-        rid = http.request_id() or (request.rid if isinstance(request.rid, str) else None)
+        rid = (request.rid if isinstance(request.rid, str) else None) or http.request_id()
         await self._generator.run(http, arrived, rid, lambda rid: plan_generate(self.context, http, request, rid))
 
     async def _read(self, http: Http, decoder: msgspec.json.Decoder[Any]) -> tuple[float, Any]:
@@ -108,72 +127,9 @@ class App:
 
     # --- describing --------------------------------------------------------------------------------------------------
 
-    async def models(self, http: Http) -> None:
-        served = self.context.served
-        model = {
-            "id": served.name,
-            "object": "model",
-            "created": served.created,
-            "owned_by": "pd",
-            "root": served.path,
-            "parent": None,
-            "max_model_len": served.limits.context_length,
-        }
-        await http.respond_json(200, {"object": "list", "data": [model]})
+    async def openapi(self, http: Http) -> None:
+        await http.respond(200, self._document)
 
-    async def health(self, http: Http) -> None:
-        error = self.context.engine.not_ready()
-        if error is None:
-            await http.respond_json(200, {"status": "ready"})
-        else:
-            await http.respond_json(503, {"status": error.code, **error_body(error)})
-
-    async def server_info(self, http: Http) -> None:
-        engine, served = self.context.engine, self.context.served
-        info = describe(served) | {
-            "state": engine.info.state.value,
-            "load": msgspec.structs.asdict(engine.info.load),
-            "control_endpoint": engine.info.control_endpoint,
-            "max_total_tokens": engine.info.max_total_tokens,
-            "page_size": engine.info.page_size or served.info.get("page_size", 0),
-        }
-        if http.query.get("audit", "").lower() in _TRUE:
-            info["audit"] = await engine.ask("audit", self.context.limits.scrape_s)
-        await http.respond_json(200, info)
-
-    async def model_info(self, http: Http) -> None:
-        served = self.context.served
-        info = {
-            "model_path": served.path,
-            "tokenizer_path": served.path,
-            "served_model_name": served.name,
-            "is_generation": True,
-            "max_model_len": served.limits.context_length,
-            "vocab_size": served.limits.vocab_size,
-            "preferred_sampling_params": None,
-        }
-        await http.respond_json(200, info)
-
-    async def metrics(self, http: Http) -> None:
-        # A scrape without the scheduler's figures would show them as zero: a failed scrape says what is the case.
-        figures = await self.context.engine.ask("metrics", self.context.limits.scrape_s)
-        body, content_type = metrics.exposition(figures, self.context.latencies, http.headers.get("accept", ""))
-        await http.respond(200, body, content_type)
-
-    async def flush_cache(self, http: Http) -> None:
-        await http.respond_json(200, await self.context.engine.ask("flush_cache", self.context.limits.flush_s))
-
-
-def describe(served: Served) -> dict[str, Any]:
-    """What /server_info says that does not change."""
-    return {
-        "role": served.role,
-        "disaggregation_mode": "null" if served.role == Role.UNIFIED.value else served.role,
-        "model": served.name,
-        "served_model_name": served.name,
-        "model_path": served.path,
-        "tokenizer_path": served.path,
-        "max_model_len": served.limits.context_length,
-        "version": pd.__version__,
-        **served.info,
-    }
+    @cached_property
+    def _document(self) -> bytes:
+        return msgspec.json.encode(openapi.document(self.table.routes, keyed=bool(self.context.access.api_key)))

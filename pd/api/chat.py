@@ -17,7 +17,15 @@ from pd.api.context import Context, PromptBuilder, named_prefills
 from pd.api.exchange import Choice, Exchange, Prompt
 from pd.api.http import Http
 from pd.api.logprobs import chat
-from pd.api.openai import OpenAIPlan, OpenAIRequest, check_shared, check_top_logprobs, resolve_wishes
+from pd.api.openai import (
+    OpenAIPlan,
+    OpenAIRequest,
+    check_shared,
+    check_top_logprobs,
+    prompt_logprobs_wanted,
+    resolve_wishes,
+    truncated,
+)
 from pd.api.output import Call, OutputParser, parse_whole
 from pd.api.params import Wishes
 from pd.api.reasoning import CLOSING, OPENING, Begins, begins
@@ -132,7 +140,7 @@ class ChatPlan(OpenAIPlan):
         return self._logprobs
 
     def logprobs(self, choice: Choice, begin: int) -> Any:
-        return chat(self._context.tokenizer, choice.ids, choice.logprobs, begin, self._tops)
+        return chat(self._texts, choice.ids, choice.logprobs, begin, self._tops)
 
     def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         if not self.takes_apart:
@@ -186,10 +194,21 @@ class ChatPlan(OpenAIPlan):
             self._counted[choice] = (looked, over)
         return looked
 
+    def outer_members(self, exchange: Exchange) -> dict[str, Any]:
+        generation = exchange.generations[0]
+        found: dict[str, Any] = {}
+        if self._token_ids:
+            found["prompt_token_ids"] = generation.prompt.tokens
+        if self._prompt_logprobs is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs(generation)
+        return found
+
     def opening(self, exchange: Exchange) -> bytes:
         role = b'"delta":{"role":"assistant","content":""}'
         indices = range(len(exchange.generations))
-        return b"".join([self._template.chunk(index, member=role) for index in indices])
+        return b"".join(
+            [self._template.chunk(index, member=role, outer=self.outer_members(exchange)) for index in indices]
+        )
 
 
 async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str) -> ChatPlan:
@@ -211,10 +230,26 @@ async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str
     wishes = await _constrained(context, wishes, tools, format, shape)
     # Templates write the begin-of-text token themselves.
     [tokens] = await context.tokenizer.encode([text], add_special_tokens=bool(request.add_special_tokens))
+    tokens = truncated(context, request, tokens, wishes.max_tokens or 1)
     builder = PromptBuilder(context, request, named_prefills(http), rid)
-    shown = _shown_tokens(context, shape)
-    prompt = builder.build(tokens, wishes, 0, 1, field="messages", shown_tokens=shown)
+    start, tops = prompt_logprobs_wanted(request)
+    prompt = builder.build(
+        tokens,
+        wishes,
+        0,
+        1,
+        field="messages",
+        shown_tokens=_shown_tokens(context, shape),
+        logprob_start=start,
+        prompt_top_logprobs=tops,
+    )
     return ChatPlan(context, request, rid, [prompt], shape)
+
+
+def render_chat(context: Context, request: ChatRequest) -> str:
+    """The conversation as the model's template writes it."""
+    tools = tool_wishes(request.tools, request.tool_choice, request.parallel_tool_calls)
+    return _render(context, request, template_messages(request.messages), tools)
 
 
 def _call_format(context: Context, tools: ToolWishes | None) -> CallFormat | None:

@@ -9,7 +9,15 @@ from pd.api.context import Context, PromptBuilder, named_prefills
 from pd.api.exchange import Choice, Prompt
 from pd.api.http import Http
 from pd.api.logprobs import CompletionLogprobs
-from pd.api.openai import OpenAIPlan, OpenAIRequest, check_shared, check_top_logprobs, resolve_wishes
+from pd.api.openai import (
+    OpenAIPlan,
+    OpenAIRequest,
+    check_shared,
+    check_top_logprobs,
+    prompt_logprobs_wanted,
+    resolve_wishes,
+    truncated,
+)
 from pd.errors import RequestError
 
 #: OpenAI's (and SGLang's and vLLM's) default of /v1/completions.
@@ -19,33 +27,57 @@ COMPLETION_TOKENS = 16
 class CompletionRequest(OpenAIRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
+    echo: bool | None = None
     best_of: Any = None
     suffix: Any = None
-    echo: Any = None
     prompt_embeds: Any = None
 
 
 class CompletionPlan(OpenAIPlan):
+    """`echoes`: the text of each prompt where the answer begins with it, else none."""
+
     object_whole = object_chunk = "text_completion"
     text_form = (b'"text":', b"")
     empty = b'"text":""'
 
-    def __init__(self, context: Context, request: CompletionRequest, rid: str, prompts: list[Prompt]) -> None:
+    def __init__(
+        self, context: Context, request: CompletionRequest, rid: str, prompts: list[Prompt], echoes: Sequence[str]
+    ) -> None:
         super().__init__(context, request, f"cmpl-{rid}", prompts)
         self._top = request.logprobs
+        self._echoes = echoes
+        self._echoed: set[Choice] = set()
         self._formats: dict[Choice, CompletionLogprobs] = {}
 
     def wants_logprobs(self) -> bool:
         return self._top is not None
 
+    def text(self, choice: Choice) -> str:
+        text = choice.take_text()
+        if self._echoes and choice not in self._echoed:
+            self._echoed.add(choice)
+            return self._echoes[choice.generation.index] + text
+        return text
+
     def logprobs(self, choice: Choice, begin: int) -> Any:
-        found = self._formats.get(choice)
-        if found is None:
-            found = self._formats[choice] = CompletionLogprobs(self._context.tokenizer, self._top or 0)
-        return found.format(choice.ids, choice.logprobs, begin)
+        form = self._formats.get(choice)
+        if form is None:
+            form = self._formats[choice] = CompletionLogprobs(self._context.tokenizer, self._top or 0, self._texts)
+            generation = choice.generation
+            if self._echoes and generation.prompt_logprobs is not None:
+                form.add_prompt(generation.prompt.tokens, generation.prompt_logprobs, self._echoes[generation.index])
+        return form.format(choice.ids, choice.logprobs, begin)
 
     def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         return {"text": text}
+
+    def extra_members(self, choice: Choice, begin: int, first: bool) -> dict[str, Any]:
+        found = super().extra_members(choice, begin, first)
+        if self._token_ids and first:
+            found["prompt_token_ids"] = choice.generation.prompt.tokens
+        if self._prompt_logprobs is not None:
+            found["prompt_logprobs"] = self.prompt_logprobs(choice.generation)
+        return found
 
 
 async def plan_completion(context: Context, http: Http, request: CompletionRequest, rid: str) -> CompletionPlan:
@@ -54,14 +86,37 @@ async def plan_completion(context: Context, http: Http, request: CompletionReque
     top = check_top_logprobs(context, "logprobs", request.logprobs)
     grammar = await context.grammars.of(request)
     limit = ("max_tokens", request.max_tokens)
-    wishes = resolve_wishes(context, request, limit, top is not None, top or 0, grammar)
-    prompts = await completion_prompts(context, request)
+    fewest = 0 if request.echo else 1
+    wishes = resolve_wishes(context, request, limit, top is not None, top or 0, grammar, fewest)
+    output = COMPLETION_TOKENS if wishes.max_tokens is None else wishes.max_tokens
+    prompts = [truncated(context, request, tokens, output) for tokens in await completion_prompts(context, request)]
+    start, tops = prompt_logprobs_wanted(request)
+    if request.echo and top is not None:
+        start, tops = 0, max(tops, top)
     builder = PromptBuilder(context, request, named_prefills(http), rid)
     built = [
-        builder.build(tokens, wishes, i, len(prompts), field="prompt", default_max_tokens=COMPLETION_TOKENS)
+        builder.build(
+            tokens,
+            wishes,
+            i,
+            len(prompts),
+            field="prompt",
+            default_max_tokens=COMPLETION_TOKENS,
+            logprob_start=start,
+            prompt_top_logprobs=tops,
+        )
         for i, tokens in enumerate(prompts)
     ]
-    return CompletionPlan(context, request, rid, built)
+    return CompletionPlan(context, request, rid, built, _echoes(context, request, prompts) if request.echo else ())
+
+
+def _echoes(context: Context, request: CompletionRequest, prompts: list[list[int]]) -> list[str]:
+    """Texts as they came; tokens, and what is left of a truncated text, decoded."""
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    if request.truncate_prompt_tokens is None and all(isinstance(item, str) for item in given):
+        return [*given]
+    skip = request.skip_special_tokens is not False
+    return [context.tokenizer.decode(tokens, skip_special_tokens=skip) for tokens in prompts]
 
 
 async def completion_prompts(context: Context, request: CompletionRequest) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from pd.access import Access
 from pd.api.chat_template import ChatTemplates
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
@@ -37,6 +38,7 @@ class Limits:
     prompts: int = 4096
     top_logprobs: int = 20  # OpenAI's bound
     scrape_s: float = 1.0
+    probe_s: float = 20.0  # of /health_generate; SGLang's bound
     flush_s: float = 30.0
     write_s: float = 300.0
 
@@ -82,6 +84,7 @@ class Context:
     finished: Callable[[dict[str, Any]], None] = lambda summary: None
     chat: ChatFormats = field(default_factory=ChatFormats)
     grammars: Grammars = field(default_factory=Grammars)
+    access: Access = field(default_factory=Access)
 
 
 class RequestFields(SamplingFields, kw_only=True):
@@ -198,6 +201,8 @@ class PromptBuilder:
         if index and not wishes.seeded:
             # Equal prompts of one batch are different draws, unless the client fixed them.
             sampling = msgspec.structs.replace(sampling, seed=mint_seed())
+        score_only = max_tokens == 0
+        max_tokens = max(1, max_tokens)  # one is always sampled: that of a scored prompt is dropped
         min_tokens = min(sampling.min_tokens, max_tokens)
         return Prompt(
             tokens=tokens,
@@ -213,6 +218,7 @@ class PromptBuilder:
             priority=self.fields.priority or 0,
             salt=self.fields.cache_salt or self.fields.extra_key or "",
             shown_tokens=shown_tokens,
+            score_only=score_only,
         )
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:

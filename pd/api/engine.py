@@ -23,6 +23,7 @@ from pd.messages import (
     Answer,
     ApiToScheduler,
     Ask,
+    Command,
     Finish,
     InstanceInfo,
     Rejected,
@@ -79,6 +80,7 @@ class Engine:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
         self.heard = asyncio.Event()  # the scheduler has said that it takes requests, or no longer does
+        self.tokens_at = 0.0  # when the last tokens came, whosever
         self._lost = ""
         self._stopping = False
 
@@ -157,6 +159,7 @@ class Engine:
                 priority=prompt.priority,
                 salt=prompt.salt,
                 room=prompt.room,
+                probe=prompt.probe,
             )
         )
         exchange.generations.append(generation)
@@ -191,13 +194,17 @@ class Engine:
 
     async def ask(self, what: str, timeout_s: float = 1.0) -> dict[str, Any]:
         """The scheduler's answer. Raises RequestError 503 when none comes in time."""
+        return await self.command(lambda token: Ask(token=token, what=what), what, timeout_s)
+
+    async def command(self, make: Callable[[int], Ask | Command], what: str, timeout_s: float = 1.0) -> dict[str, Any]:
+        """The answer to what `make` makes of a fresh token. Raises RequestError 503 when none comes in time."""
         token = next(self._tokens)
         answer = asyncio.get_running_loop().create_future()
         self._answers[token] = answer
         try:
             if self._lost:
                 raise ChannelClosed("scheduler", self._lost)
-            self._channel.send_nowait(Ask(token=token, what=what))
+            self._channel.send_nowait(make(token))
             return await asyncio.wait_for(answer, timeout_s)
         except (TimeoutError, ChannelFull, ChannelClosed) as error:
             problem = str(error) or f"no answer within {timeout_s} s"
@@ -297,6 +304,7 @@ class Engine:
                 generation.prompt_logprobs_start = started.prompt_logprobs.start
             generation.exchange.heard_at = now
         if message.keys_i64:
+            self.tokens_at = now
             self._rows(message, touched, now)
         for finished in message.finished:
             generation = self._generations.get(finished.key)
@@ -333,7 +341,8 @@ class Engine:
             self._latencies.inter_token.observe((now - choice.last_at) / count, count)
         elif not exchange.first_at:
             exchange.first_at = now
-            self._latencies.first_token.observe(now - exchange.arrived)
+            if not choice.generation.prompt.probe:
+                self._latencies.first_token.observe(now - exchange.arrived)
         choice.last_at = exchange.heard_at = now
         touched[exchange] = None
         if not choice.queued:

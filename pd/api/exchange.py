@@ -16,6 +16,7 @@ from pd.messages import Finish, PromptLogprobs, TokenLogprobs, TopLogprobs
 from pd.types import FinishReason, SamplingParams
 
 _STOPPED = Finish(FinishReason.STOP)
+_SCORED = Finish(FinishReason.LENGTH)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Prompt:
     priority: int = 0
     salt: str = ""
     shown_tokens: frozenset[int] = frozenset()  # special tokens that are text although others are skipped
+    score_only: bool = False  # nothing of the output is shown
+    probe: bool = False  # a health check
 
 
 #: Alternatives at one position: (token ids, logprobs), most likely first.
@@ -88,6 +91,7 @@ class Choice:
         "_include_stop",
         "_min_tokens",
         "_pending",
+        "_score_only",
         "_stops",
         "count",
         "finish",
@@ -114,6 +118,7 @@ class Choice:
         self._stops = StopStrings(prompt.stop, include=prompt.include_stop) if prompt.stop else None
         self._include_stop = prompt.include_stop
         self._min_tokens = prompt.sampling.min_tokens
+        self._score_only = prompt.score_only
         self._pending: list[str] = []
 
     def take_text(self) -> str:
@@ -130,6 +135,8 @@ class Choice:
 
         Sets `finish` when a stop string is complete.
         """
+        if self._score_only:
+            return
         if end is not None and end.stop_id is not None and ids[-1] == end.stop_id and not self._include_stop:
             shown: Sequence[int] = ids[:-1]
         else:
@@ -168,6 +175,9 @@ class Choice:
 
     def close(self, finish: Finish) -> None:
         """The scheduler's word that the choice is over: what was held back is text now."""
+        if self._score_only:
+            self._end(finish if finish.reason is FinishReason.ABORT else _SCORED, None)
+            return
         text = self._detokenizer.flush()
         if self._stops is not None:
             text, matched = self._stops.feed(text)

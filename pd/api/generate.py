@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from pd.api.context import Context, mint_rid
 from pd.api.exchange import Exchange, Prompt
-from pd.api.http import ClientDisconnected, Headers, Http
+from pd.api.http import ClientDisconnected, Headers, Http, header_value
 from pd.api.sse import HEADERS, error_event
 from pd.errors import RequestError
 
@@ -172,10 +172,10 @@ class Generator:
 
     @staticmethod
     def _headers(exchange: Exchange) -> Headers:
-        headers = [(b"x-request-id", exchange.rid.encode("latin-1", "replace"))]
+        headers = [(b"x-request-id", header_value(exchange.rid))]
         used = exchange.prefills_used()
         if used:
-            headers.append((b"x-pd-prefill-used", used.encode("latin-1", "replace")))
+            headers.append((b"x-pd-prefill-used", header_value(used)))
         return headers
 
     def _summary(self, http: Http, exchange: Exchange, status: int) -> dict[str, Any]:

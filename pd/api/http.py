@@ -24,9 +24,15 @@ Headers = list[tuple[bytes, bytes]]
 T = TypeVar("T")
 
 _FIELD_OF_ERROR = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNFIT = re.compile(rb"[^\x20-\x7e]")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
-_KINDS = {404: "not_found_error", 405: "invalid_request_error", 503: "server_error"}
+_KINDS = {401: "authentication_error", 404: "not_found_error", 501: "server_error", 503: "server_error"}
+
+
+def header_value(text: str) -> bytes:
+    """`text`, which may be a client's, as far as it is fit for a header."""
+    return _UNFIT.sub(b"?", text[:256].encode("latin-1", "replace"))
 
 
 class ClientDisconnected(Exception):
@@ -49,6 +55,7 @@ class Http:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.started = False
+        self.extra_headers: Headers = []  # of whatever answer is given
         self._scope, self._receive, self._send = scope, receive, send
 
     @cached_property
@@ -102,14 +109,16 @@ class Http:
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    async def json(self, decoder: msgspec.json.Decoder[T], limit: int) -> T:
-        """The body as the decoder's type. Raises RequestError naming the field at fault."""
+    async def json(self, decoder: msgspec.json.Decoder[T], limit: int, *, empty: bytes = b"") -> T:
+        """The body as the decoder's type; `empty` stands for one that is not there. Raises RequestError naming the
+        field at fault.
+        """
         media = self.headers.get("content-type", "application/json").split(";")[0].strip().lower()
         if media != "application/json" and not media.endswith("+json"):
             raise http_error(415, f"the request body must be application/json, got {media!r}", "unsupported_media_type")
         data = await self.body(limit)
         try:
-            return decoder.decode(data)
+            return decoder.decode(data or empty)
         except msgspec.ValidationError as error:
             raise validation_error(error) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -122,7 +131,7 @@ class Http:
 
     async def start(self, status: int, headers: Headers) -> None:
         self.started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers + self.extra_headers})
 
     async def write(self, data: bytes) -> None:
         """Returns when the server has taken it, which waits while the client does not read."""

@@ -137,8 +137,9 @@ def _finish_reason(choice: Choice) -> dict[str, Any] | None:
         return {"type": "stop", "matched": choice.matched}
     if finish.reason is FinishReason.LENGTH:
         # The leg of a prefill instance ends with the first token, whatever the limit: SGLang calls that length 0.
-        limit = choice.generation.prompt.sampling.max_tokens
-        return {"type": "length", "length": limit if choice.count >= limit else 0}
+        prompt = choice.generation.prompt
+        limit = prompt.sampling.max_tokens
+        return {"type": "length", "length": limit if choice.count >= limit and not prompt.score_only else 0}
     return {"type": "abort", "message": finish.message}
 
 
@@ -166,7 +167,7 @@ async def plan_generate(context: Context, http: Http, request: GenerateRequest, 
                 index,
                 count,
                 field=name,
-                rid=nth(request.rid, index, count, "rid"),
+                rid=nth(request.rid, index, count, "rid") if isinstance(request.rid, list) else None,
                 default_max_tokens=NEW_TOKENS,
                 logprob_start=start,
                 prompt_top_logprobs=item.top if start >= 0 else 0,
@@ -234,6 +235,7 @@ class _Item:
             self._context.served.limits,
             max_tokens=("max_new_tokens", merged.max_new_tokens),
             min_tokens=("min_new_tokens", merged.min_new_tokens),
+            fewest_tokens=0,
             prefix=prefix,
             logprobs=self.logprobs,
             top_logprobs=self.top if self.logprobs else 0,

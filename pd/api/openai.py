@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from pd.api.context import Context, RequestFields, check_model
-from pd.api.exchange import Choice, Exchange, Prompt
+from pd.api.exchange import Choice, Exchange, Generation, Prompt
+from pd.api.logprobs import TokenNumbers, TokenTexts, prompt_logprobs
 from pd.api.params import MAX_STOPS_OPENAI, Wishes, resolve
 from pd.api.sse import DONE, ChunkTemplate
 from pd.errors import RequestError
@@ -37,17 +38,18 @@ class OpenAIRequest(RequestFields, kw_only=True):
     guided_choice: Any = None
     guided_grammar: Any = None
     guided_whitespace_pattern: str | None = None
+    user: str | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     # Known, not built: see pd.api.params.
     use_beam_search: Any = None
-    prompt_logprobs: Any = None
-    truncate_prompt_tokens: Any = None
     allowed_token_ids: Any = None
     bad_words: Any = None
     logits_processors: Any = None
     custom_logit_processor: Any = None
     return_hidden_states: Any = None
-    return_token_ids: Any = None
-    return_tokens_as_token_ids: Any = None
     lora_path: Any = None
     lora_request: Any = None
     session_params: Any = None
@@ -83,7 +85,11 @@ class OpenAIPlan(abc.ABC):
         self._model = context.served.name
         self._include_usage = bool(options and options.include_usage)
         self._continuous = bool(options and options.continuous_usage_stats)
-        self._shown: dict[Choice, int] = {}  # logprobs given out so far
+        self._shown: dict[Choice, int] = {}  # tokens whose logprobs and ids have been given out
+        self._token_ids = bool(request.return_token_ids)
+        self._prompt_logprobs = request.prompt_logprobs
+        by_id = bool(request.return_tokens_as_token_ids)
+        self._texts: TokenTexts = TokenNumbers(context.tokenizer) if by_id else context.tokenizer
         self._template = ChunkTemplate(
             id=rid,
             object=self.object_chunk,
@@ -116,16 +122,36 @@ class OpenAIPlan(abc.ABC):
     def usage(self, exchange: Exchange) -> dict[str, Any]:
         return usage(exchange)
 
+    def text(self, choice: Choice) -> str:
+        """The text of the choice since the last call."""
+        return choice.take_text()
+
+    def extra_members(self, choice: Choice, begin: int, first: bool) -> dict[str, Any]:
+        """Further members of a choice, about the tokens from `begin` on; `first`: nothing of it has been shown yet."""
+        return {"token_ids": choice.ids[begin:]} if self._token_ids else {}
+
+    def outer_members(self, exchange: Exchange) -> dict[str, Any]:
+        """Further members of the answer as a whole, and of a stream's first chunk."""
+        return {}
+
+    def prompt_logprobs(self, generation: Generation) -> Any:
+        """`prompt_logprobs` as vLLM has it."""
+        found = generation.prompt_logprobs
+        if found is None:
+            return None
+        return prompt_logprobs(self._context.tokenizer, generation.prompt.tokens, found, self._prompt_logprobs or 0)
+
     def whole(self, exchange: Exchange) -> Any:
         choices = []
         for index, choice in enumerate(exchange.choices()):
             choices.append(
                 {
                     "index": index,
-                    **self.whole_choice(choice, choice.take_text()),
+                    **self.whole_choice(choice, self.text(choice)),
                     "logprobs": self.logprobs(choice, 0) if self.wants_logprobs() else None,
                     "finish_reason": self.finish_reason(choice),
                     "matched_stop": choice.matched,
+                    **self.extra_members(choice, 0, True),
                 }
             )
         return {
@@ -135,16 +161,17 @@ class OpenAIPlan(abc.ABC):
             "model": self._model,
             "choices": choices,
             "usage": self.usage(exchange),
+            **self.outer_members(exchange),
         }
 
     def opening(self, exchange: Exchange) -> bytes:
         return b""
 
     def update(self, exchange: Exchange) -> bytes:
-        plain = not (self.wants_logprobs() or self._continuous)
+        plain = not (self.wants_logprobs() or self._continuous or self._token_ids)
         chunks = []
         for choice in exchange.take_ready():
-            text = choice.take_text()
+            text = self.text(choice)
             if choice.finish is None and not text:
                 continue
             index = choice.generation.index
@@ -157,34 +184,38 @@ class OpenAIPlan(abc.ABC):
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _full_chunk(self, exchange: Exchange, choice: Choice, index: int, text: str) -> bytes:
+        extra, logprobs = self._news(choice)
         return self._template.chunk(
             index,
             text=text,
-            logprobs=self._new_logprobs(choice),
+            extra=extra,
+            logprobs=logprobs,
             finish=self.finish_reason(choice) if choice.finish is not None else None,
             matched=choice.matched,
             usage=self.usage(exchange) if self._continuous else None,
         )
 
-    def _new_logprobs(self, choice: Choice) -> Any:
-        """Of the tokens that no chunk has shown yet."""
-        if not self.wants_logprobs():
-            return None
-        begin, self._shown[choice] = self._shown.get(choice, 0), len(choice.ids)
-        return self.logprobs(choice, begin)
+    def _news(self, choice: Choice) -> tuple[dict[str, Any], Any]:
+        """(further members, logprobs) of the tokens that no chunk has shown yet."""
+        begin, first = self._shown.get(choice, 0), choice not in self._shown
+        self._shown[choice] = len(choice.ids)
+        logprobs = self.logprobs(choice, begin) if self.wants_logprobs() else None
+        return self.extra_members(choice, begin, first), logprobs
 
     def _apart(self, exchange: Exchange, choice: Choice, index: int, members: list[bytes]) -> list[bytes]:
-        """A chunk for each member, and one of its own for the end; the new logprobs come with the first."""
+        """A chunk for each member, and one of its own for the end; what is new of the tokens comes with the first."""
         end = choice.finish is not None
         chunks: list[bytes] = []
         used = self.usage(exchange) if self._continuous else None
         for member in members:
-            logprobs = None if chunks else self._new_logprobs(choice)
-            chunks.append(self._template.chunk(index, member=member, logprobs=logprobs, usage=used))
+            extra, logprobs = ({}, None) if chunks else self._news(choice)
+            chunks.append(self._template.chunk(index, member=member, extra=extra, logprobs=logprobs, usage=used))
         if end:
-            logprobs = None if chunks else self._new_logprobs(choice)
+            extra, logprobs = ({}, None) if chunks else self._news(choice)
             finish, matched = self.finish_reason(choice), choice.matched
-            chunks.append(self._template.chunk(index, logprobs=logprobs, finish=finish, matched=matched, usage=used))
+            chunks.append(
+                self._template.chunk(index, extra=extra, logprobs=logprobs, finish=finish, matched=matched, usage=used)
+            )
         return chunks
 
     def closing(self, exchange: Exchange) -> bytes:
@@ -195,6 +226,29 @@ def check_shared(context: Context, request: OpenAIRequest) -> None:
     check_model(request.model, context.served)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
+    check_top_logprobs(context, "prompt_logprobs", request.prompt_logprobs)
+    if request.prompt_logprobs is not None and request.stream:
+        raise RequestError("prompt_logprobs cannot be streamed: leave stream out", param="prompt_logprobs")
+    wanted = request.truncate_prompt_tokens
+    if wanted is not None and wanted != -1 and wanted < 1:
+        raise RequestError(
+            f"truncate_prompt_tokens must be -1 or at least 1, got {wanted}", param="truncate_prompt_tokens"
+        )
+
+
+def prompt_logprobs_wanted(request: OpenAIRequest) -> tuple[int, int]:
+    """(`logprob_start`, `prompt_top_logprobs`) of vLLM's `prompt_logprobs`."""
+    return (-1, 0) if request.prompt_logprobs is None else (0, request.prompt_logprobs)
+
+
+def truncated(context: Context, request: OpenAIRequest, tokens: list[int], output: int) -> list[int]:
+    """The last `truncate_prompt_tokens` tokens; -1: as many as leave room for `output` tokens in the context."""
+    wanted = request.truncate_prompt_tokens
+    if wanted is None:
+        return tokens
+    if wanted == -1:
+        wanted = max(1, context.served.limits.context_length - max(1, output))
+    return tokens[-wanted:]
 
 
 def check_top_logprobs(context: Context, name: str, top: int | None) -> int | None:
@@ -204,13 +258,20 @@ def check_top_logprobs(context: Context, name: str, top: int | None) -> int | No
 
 
 def resolve_wishes(
-    context: Context, request: OpenAIRequest, limit: tuple[str, int | None], logprobs: bool, top: int, grammar: str = ""
+    context: Context,
+    request: OpenAIRequest,
+    limit: tuple[str, int | None],
+    logprobs: bool,
+    top: int,
+    grammar: str = "",
+    fewest_tokens: int = 1,
 ) -> Wishes:
     return resolve(
         request,
         context.served.limits,
         max_tokens=limit,
         min_tokens=("min_tokens", request.min_tokens),
+        fewest_tokens=fewest_tokens,
         max_stops=MAX_STOPS_OPENAI,
         logprobs=logprobs,
         top_logprobs=top,

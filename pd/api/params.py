@@ -65,18 +65,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "custom_params": ({},),
     "best_of": (1,),
     "suffix": ("",),
-    "echo": (False,),
     "use_beam_search": (False,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": ([],),
     "custom_logit_processor": ("",),
     "return_hidden_states": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -101,6 +96,11 @@ _INSTEAD = {
     "function_call": "use tool_choice",
     "chat_template": "the server is started with --chat-template",
 }
+
+
+def neutral_values(name: str) -> tuple[Any, ...] | None:
+    """The values that a field that is not built may have; None for any other field."""
+    return _NEUTRAL.get(name)
 
 
 def refuse_unsupported(fields: msgspec.Struct, prefix: str = "") -> None:
@@ -187,6 +187,7 @@ def resolve(
     *,
     max_tokens: tuple[str, int | None],
     min_tokens: tuple[str, int | None],
+    fewest_tokens: int = 1,
     max_stops: int = MAX_STOPS,
     prefix: str = "",
     logprobs: bool = False,
@@ -196,8 +197,8 @@ def resolve(
 ) -> Wishes:
     """Check every field's range. RequestError names the field, with `prefix` ("sampling_params.") where it stood.
 
-    `max_tokens` and `min_tokens` are (the name that the client used, the value or None). `grammar` is one that
-    `pd.api.grammar` made.
+    `max_tokens` and `min_tokens` are (the name that the client used, the value or None). `fewest_tokens` 0: a prompt
+    may be scored without any output. `grammar` is one that `pd.api.grammar` made.
     """
     refuse_unsupported(fields, prefix)
     check = _Checker(prefix)
@@ -206,7 +207,7 @@ def resolve(
         if fields.n > 1:
             raise RequestError("n > 1 is not supported", param=f"{prefix}n", code="unsupported_parameter")
     least = check.within(min_tokens[0], min_tokens[1], 0, 1 << 31) or 0
-    most = check.within(max_tokens[0], max_tokens[1], 1, 1 << 31)
+    most = check.within(max_tokens[0], max_tokens[1], fewest_tokens, 1 << 31)
     if most is not None and least > most:
         raise check.error(min_tokens[0], f"must not exceed {max_tokens[0]} ({most}), got {least}")
     stop_ids = check.token_ids("stop_token_ids", fields.stop_token_ids or (), model.vocab_size)

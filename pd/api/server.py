@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 import uvicorn
 
 from pd.api.app import App
+from pd.config import HttpConfig
 
 BACKLOG = 2048
 #: Longer than the pools of common clients and routers keep idle connections, so that they close first.
@@ -31,9 +32,11 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 
 class HttpServer(uvicorn.Server):
-    """`started` is called once connections are taken. `should_exit = True` ends `serve`."""
+    """`started` is called once connections are taken.
 
-    def __init__(self, app: App, started: Callable[[], None]) -> None:
+    `tls` names the files of an HTTPS server. `should_exit = True` ends `serve`."""
+
+    def __init__(self, app: App, started: Callable[[], None], tls: HttpConfig | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -47,6 +50,9 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_S,
+                ssl_certfile=tls.ssl_certfile or None if tls is not None else None,
+                ssl_keyfile=tls.ssl_keyfile or None if tls is not None else None,
+                ssl_keyfile_password=tls.ssl_keyfile_password or None if tls is not None else None,
             )
         )
         self._on_started = started

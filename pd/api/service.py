@@ -8,12 +8,13 @@ import gc
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import zmq
 
+from pd.access import Access
 from pd.api.app import App
 from pd.api.context import ChatFormats, Context, Limits, Served
 from pd.api.engine import Engine, SchedulerChannel
@@ -113,7 +114,11 @@ class Service:
             idle_timeout_s=config.request_timeout,
         )
         formats = ChatFormats.of(self.tokenizer.templates, config.chat.tool_call_parser, config.chat.reasoning_parser)
-        context = Context(self.engine, self.tokenizer, latencies, served(config), config.limits, finished, formats)
+        limits = replace(config.limits, body_bytes=config.http.max_request_bytes)
+        access = Access.of(config.http)
+        context = Context(
+            self.engine, self.tokenizer, latencies, served(config), limits, finished, formats, access=access
+        )
         self.app = App(context, _report)
 
     def _detokenizer(self, prompt: Prompt) -> Any:
@@ -145,7 +150,7 @@ class Service:
                 await self._either(self.engine.heard, stopping, self.engine.lost)
                 listener = self._listen()
             host, port = self.config.http.host, listener.getsockname()[1]
-            server = HttpServer(self.app, lambda: report_ready({"host": host, "port": port}))
+            server = HttpServer(self.app, lambda: report_ready({"host": host, "port": port}), self.config.http)
             serving = group.create_task(server.serve([listener]))
             try:
                 await self._until_end(stopping)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -80,22 +81,28 @@ class ChunkTemplate:
         *,
         text: str = "",
         member: bytes | None = None,
+        extra: Mapping[str, Any] | None = None,
+        outer: Mapping[str, Any] | None = None,
         logprobs: Any = None,
         finish: str | None = None,
         matched: str | int | None = None,
         usage: Any = None,
     ) -> bytes:
-        """Any chunk. `member` replaces the text member (chat's role delta)."""
+        """Any chunk. `member` replaces the text member (chat's role delta); `extra` are further members of the choice,
+        `outer` of the chunk.
+        """
         if member is None:
             member = b"%b%b%b" % (self._before, encode(text), self._after) if text else self._empty
         stop = b"" if finish is None else b',"matched_stop":%b' % encode(matched)
-        return b'%b{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b}]%b}\n\n' % (
+        return b'%b{"index":%d,%b,"logprobs":%b,"finish_reason":%b%b%b}]%b%b}\n\n' % (
             self._head,
             index,
             member,
             encode(logprobs),
             encode(finish),
             stop,
+            b"," + encode(extra)[1:-1] if extra else b"",
+            b"," + encode(outer)[1:-1] if outer else b"",
             self._null_usage if usage is None else b',"usage":%b' % encode(usage),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
@@ -108,6 +109,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    async def decode_many(self, many: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        """Texts of outputs of any length, in a thread."""
+        lists = [list(ids) for ids in many]
+        loop = asyncio.get_running_loop()
+        decode = functools.partial(self._tokenizer.decode_batch, lists, skip_special_tokens=skip_special_tokens)
+        return await loop.run_in_executor(self._thread, decode)
+
+    def piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; "" for an id without one."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def detokenizer(
         self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
     ) -> Detokenizer:
@@ -152,6 +164,9 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return self.token_text(token_id).encode()
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     @cached_property
     def _anchor(self) -> list[int]:

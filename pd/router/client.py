@@ -188,7 +188,8 @@ class ClientConnection(asyncio.Protocol):
         """A whole answer; the request is finished by it."""
         request_id = self._current.request_id if self._current is not None else b""
         closes = self.closes
-        data = render(response, close=closes, request_id=request_id)
+        extra = self._current.extra if self._current is not None else ()
+        data = render(response, close=closes, request_id=request_id, extra=extra)
         if self._current is not None and self._current.method == b"HEAD":
             data = data[: data.index(b"\r\n\r\n") + 4]
         self.transport.write(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -36,7 +36,7 @@ HOP_HEADERS = frozenset(
 
 REASONS = {status.value: status.phrase.encode() for status in http.HTTPStatus} | {499: b"Client Closed Request"}
 
-_KINDS = {400: "invalid_request_error", 404: "not_found_error", 405: "invalid_request_error"}
+_KINDS = {401: "authentication_error", 404: "not_found_error"}
 
 
 class HeaderMap(Mapping[str, str]):
@@ -74,10 +74,15 @@ class Request:
     keep_alive: bool = True
     started: float = 0.0
     timeout: float | None = None  # what the client asked for, seconds
+    extra: list[tuple[bytes, bytes]] = field(default_factory=list)  # headers of its answer: what a web page needs
 
     @property
     def path(self) -> str:
         return self.target.partition(b"?")[0].decode("latin-1")
+
+    def header(self, name: bytes) -> str:
+        """The first of that name; "" without one."""
+        return next((value.decode("latin-1") for key, value in self.headers if key == name), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +120,14 @@ def error_event(status: int, message: str, code: str, *, open_event: bool) -> by
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-def render(response: Response, *, close: bool, request_id: bytes = b"") -> bytes:
+def render(
+    response: Response, *, close: bool, request_id: bytes = b"", extra: Sequence[tuple[bytes, bytes]] = ()
+) -> bytes:
     """A whole response as bytes."""
     lines = [
         b"HTTP/1.1 %d %b\r\n" % (response.status, REASONS.get(response.status, b"")),
         b"content-type: %b\r\ncontent-length: %d\r\n" % (response.content_type.encode(), len(response.body)),
-        *[b"%b: %b\r\n" % pair for pair in response.headers],
+        *[b"%b: %b\r\n" % pair for pair in (*response.headers, *extra)],
     ]
     if request_id:
         lines.append(b"x-request-id: %b\r\n" % request_id)
@@ -141,12 +148,19 @@ def forward_head(request: Request, host: bytes, prefills: bytes) -> bytes:
     return b"".join(lines)
 
 
+def _relayed(name: bytes) -> bool:
+    return name not in HOP_HEADERS and not name.startswith(b"access-control-")
+
+
 def relay_head(
     status: int, headers: list[tuple[bytes, bytes]], *, framing: tuple[tuple[bytes, bytes], ...], close: bool
 ) -> bytes:
-    """A worker's head for the client. `framing` delimits the body: the worker's own, since it is relayed raw."""
+    """A worker's head for the client. `framing` delimits the body: the worker's own, since it is relayed raw.
+
+    What web pages may do is the router's to say.
+    """
     lines = [b"HTTP/1.1 %d %b\r\n" % (status, REASONS.get(status, b""))]
-    lines += [b"%b: %b\r\n" % pair for pair in headers if pair[0] not in HOP_HEADERS]
+    lines += [b"%b: %b\r\n" % pair for pair in headers if _relayed(pair[0])]
     lines += [b"%b: %b\r\n" % pair for pair in framing]
     lines.append(b"connection: close\r\n\r\n" if close else b"\r\n")
     return b"".join(lines)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 
@@ -16,12 +18,18 @@ from pd.router.metrics import Exposition
 from pd.router.prompt import NOT_JSON
 from pd.router.proxy import Core
 from pd.router.upstream import fetch
-from pd.router.workers import Health, Worker
+from pd.router.workers import Fleet, Health, Worker
 
 log = get_logger()
 
 #: An operation that every worker carries out is given this long.
 _FAN_OUT_TIMEOUT = 30.0
+
+#: Bytes of an answer that may be as long as the request.
+_LARGE = 256 << 20
+
+#: What the path of one model begins with.
+_MODEL = "/v1/models/"
 
 Operation = Callable[[Request], Awaitable[Response]]
 
@@ -36,7 +44,7 @@ class Operations:
     def __init__(self, core: Core) -> None:
         self.core = core
         self._exposition = Exposition(core.stats, core.fleet)
-        get, both = (b"GET", b"HEAD"), (b"GET", b"POST")
+        get, post, both = (b"GET", b"HEAD"), (b"POST",), (b"GET", b"POST")
         self.table: dict[str, tuple[tuple[bytes, ...], Operation]] = {
             "/health": (get, self.health),
             "/v1/models": (get, self.models),
@@ -45,10 +53,28 @@ class Operations:
             "/model_info": (get, self.model_info),
             "/get_model_info": (get, self.model_info),
             "/metrics": (get, self.metrics),
+            "/version": (get, self.version),
+            "/openapi.json": (get, self.anyone),
+            "/tokenize": (post, self.anyone),
+            "/v1/tokenize": (post, self.anyone),
+            "/detokenize": (post, self.anyone),
+            "/v1/detokenize": (post, self.anyone),
+            "/loads": (get, self.loads),
+            "/v1/loads": (get, self.loads),
+            "/get_load": (get, self.get_load),
             "/flush_cache": (both, self.fan_out),
-            "/start_profile": (both, self.fan_out),
-            "/stop_profile": (both, self.fan_out),
+            "/abort_request": (post, self.fan_out),
+            "/pause_generation": (post, self.fan_out),
+            "/continue_generation": (both, self.fan_out),
+            "/start_profile": (both, self.profile),
+            "/stop_profile": (both, self.profile),
         }
+        self._model = (get, self.model)
+
+    def find(self, path: str) -> tuple[tuple[bytes, ...], Operation] | None:
+        """The id of a model is the rest of its path, slashes and all."""
+        is_model = path.startswith(_MODEL) and len(path) > len(_MODEL)
+        return self._model if is_model else self.table.get(path)
 
     async def health(self, request: Request) -> Response:
         fleet = self.core.fleet
@@ -80,51 +106,129 @@ class Operations:
 
     async def models(self, request: Request) -> Response:
         """The union of what the workers serve, decode's first."""
+        models = await self._models(request)
+        if not models:
+            return error(503, "no worker is available", "no_worker")
+        return _json({"object": "list", "data": list(models.values())})
+
+    async def model(self, request: Request) -> Response:
+        models = await self._models(request)
+        name = unquote(request.path[len(_MODEL) :])
+        if not models:
+            return error(503, "no worker is available", "no_worker")
+        if name not in models:
+            return error(404, f"the model {name!r} does not exist", "model_not_found")
+        return _json(models[name])
+
+    async def _models(self, request: Request) -> dict[str, Any]:
         fleet = self.core.fleet
         workers = [worker for worker in fleet.decode + fleet.prefill if worker.health is Health.HEALTHY]
-        answers = await self._ask(workers, "GET", "/v1/models", b"", self.core.fleet.config.health_timeout)
+        answers = await self._ask(workers, request, fleet.config.health_timeout, target="/v1/models")
         models: dict[str, Any] = {}
         for answer in answers:
             if isinstance(answer, Response) and answer.status == 200:
                 for model in _models(answer.body):
                     models.setdefault(model["id"], model)
-        if not models:
-            return error(503, "no worker is available", "no_worker")
-        return _json({"object": "list", "data": list(models.values())})
+        return models
 
     async def model_info(self, request: Request) -> Response:
         workers = [worker for worker in self.core.fleet.decode if worker.health is Health.HEALTHY]
         timeout = self.core.fleet.config.health_timeout
-        for answer in await self._ask(workers, "GET", request.path, b"", timeout):
+        for answer in await self._ask(workers, request, timeout):
             if isinstance(answer, Response) and answer.status == 200:
                 return answer
         return error(503, "no worker is available", "no_worker")
 
+    async def version(self, request: Request) -> Response:
+        return _json({"version": pd.__version__})
+
+    async def profile(self, request: Request) -> Response:
+        problem = "there is no profiler: use py-spy or perf on the instances' processes"
+        return error(501, problem, "not_implemented")
+
+    async def anyone(self, request: Request) -> Response:
+        """What every decode instance answers alike: the first that does."""
+        fleet = self.core.fleet
+        for worker in Fleet.candidates(fleet.decode):
+            (answer,) = await self._ask([worker], request, _FAN_OUT_TIMEOUT, limit=_LARGE)
+            if isinstance(answer, Response) and answer.status != 503:
+                return answer
+        return error(503, "no decode instance is available", "no_worker")
+
+    async def loads(self, request: Request) -> Response:
+        """SGLang's /v1/loads of every worker, as one: its `loads` have the worker's url and pool."""
+        found = await self._answers(request, "/v1/loads")
+        entries = [
+            {**entry, "worker": worker.url, "pool": worker.pool} for worker, body in found for entry in body["loads"]
+        ]
+        totals: dict[str, Any] = {}
+        for _, body in found:
+            for name, value in body["aggregate"].items():
+                totals[name] = totals.get(name, 0) + value
+        for name in totals:
+            if name.startswith("avg_"):
+                totals[name] = round(totals[name] / len(found), 4)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        return _json({"timestamp": now, "version": pd.__version__, "loads": entries, "aggregate": totals})
+
+    async def get_load(self, request: Request) -> Response:
+        return _json([entry for _, body in await self._answers(request, "/get_load") for entry in body])
+
+    async def _answers(self, request: Request, target: str) -> list[tuple[Worker, Any]]:
+        """What every healthy worker says, without those that do not."""
+        workers = [worker for worker in self.core.fleet.all() if worker.health is Health.HEALTHY]
+        answers = await self._ask(workers, request, self.core.fleet.config.health_timeout, target=target)
+        found = []
+        for worker, answer in zip(workers, answers, strict=True):
+            if isinstance(answer, Response) and answer.status == 200:
+                found.append((worker, msgspec.json.decode(answer.body)))
+        return found
+
     async def fan_out(self, request: Request) -> Response:
-        """The request to every worker; 200 when all of them did it."""
+        """The request to every worker; 200 when all of them did it. What all of them refuse alike is refused so."""
         workers = self.core.fleet.all()
-        target = request.target.decode("latin-1")
-        answers = await self._ask(workers, request.method.decode(), target, request.body, _FAN_OUT_TIMEOUT)
-        done = [isinstance(answer, Response) and answer.status == 200 for answer in answers]
+        answers = await self._ask(workers, request, _FAN_OUT_TIMEOUT)
+        heard = [answer for answer in answers if isinstance(answer, Response)]
+        statuses = {answer.status for answer in heard}
+        if heard and len(heard) == len(workers) and len(statuses) == 1 and 400 <= heard[0].status < 500:
+            return heard[0]
+        success = len(heard) == len(workers) and statuses <= {200}
         results = {
             worker.url: answer.status if isinstance(answer, Response) else answer
             for worker, answer in zip(workers, answers, strict=True)
         }
-        return _json({"success": all(done), "workers": results}, 200 if all(done) else 502)
+        counts = [_aborted(answer.body) for answer in heard if answer.status == 200]
+        total = {} if None in counts else {"aborted": sum(count or 0 for count in counts)}
+        return _json({"success": success, **total, "workers": results}, 200 if success else 502)
 
     async def _ask(
-        self, workers: Iterable[Worker], method: str, target: str, body: bytes, timeout: float
+        self, workers: Iterable[Worker], request: Request, timeout: float, *, target: str = "", limit: int = 1 << 20
     ) -> list[Response | str]:
-        """Every worker's answer, or why there is none."""
+        """Every worker's answer to the request, or to a GET of `target`, or why there is none."""
+        reads = bool(target) or request.method == b"HEAD"
+        method, body = ("GET", b"") if reads else (request.method.decode("latin-1"), request.body)
+        where = target or request.target.decode("latin-1")
+        key = request.header(b"authorization").encode("latin-1")
+        authorization = b"authorization: %b\r\n" % key if key else b""
 
         async def one(worker: Worker) -> Response | str:
             try:
                 async with asyncio.timeout(timeout):
-                    return await fetch(worker.connections, method, target, body=body)
+                    return await fetch(
+                        worker.connections, method, where, body=body, limit=limit, authorization=authorization
+                    )
             except OSError as err:
                 return str(err) or "timeout"
 
         return await asyncio.gather(*map(one, workers))
+
+
+def _aborted(body: bytes) -> int | None:
+    """How many requests an instance says to have ended; None where it says nothing of it."""
+    try:
+        return int(msgspec.json.decode(body)["aborted"])
+    except (*NOT_JSON, KeyError, TypeError, ValueError):
+        return None
 
 
 def _models(body: bytes) -> list[dict[str, Any]]:

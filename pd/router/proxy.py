@@ -212,6 +212,7 @@ class Exchange:
         self.events = names.get(b"content-type", b"").startswith(b"text/event-stream")
         if b"x-request-id" not in names:
             framing += ((b"x-request-id", request.request_id),)
+        framing += tuple(request.extra)
         self.status = connection.status
         request.body = b""  # no replay from here on
         stats.first_byte.observe(self.client.loop.time() - request.started)

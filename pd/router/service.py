@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from pd.access import Access, server_tls
 from pd.child import ChildContext
-from pd.config import RouteConfig
+from pd.config import RouteConfig, secret_values
 from pd.errors import ConfigError
 from pd.logs import configure, get_logger
 from pd.plugins import load_plugins
 from pd.router.client import ClientConnection, Handler, Limits
-from pd.router.http import Request, error
+from pd.router.http import Request, Response, error
 from pd.router.metrics import Stats
 from pd.router.operations import LocalAnswer, Operations, Refusal
 from pd.router.proxy import Core, Exchange
@@ -55,10 +56,11 @@ class Router:
         self.stats = Stats()
         selection = Selection(config, fleet, policies)
         self.core = Core(fleet, selection, self.stats, spawn)
-        self.operations = Operations(self.core).table
+        self.operations = Operations(self.core)
+        self.access = Access.of(config.http)
         longest = max(_LONGEST_WAIT, config.request_timeout)
         self.limits = Limits(
-            max_body=config.max_body,
+            max_body=config.http.max_request_bytes,
             request_timeout=config.request_timeout,
             answer_timeout=longest,
             stall_timeout=longest,
@@ -77,19 +79,44 @@ class Router:
             self._empty.set()
 
     def handler(self, client: ClientConnection, request: Request) -> Handler:
-        path = request.path
+        path, access = request.path, self.access
         method = PROXIED.get(path)
+        if access.origins:
+            origin = request.header(b"origin")
+            request.extra = access.cors(origin)
+            if request.method == b"OPTIONS" and origin and request.header(b"access-control-request-method"):
+                return self._preflight(client, request, origin)
+        if access.api_key and not access.permits(path, request.header(b"authorization")):
+            self.refused(401)
+            problem = "a valid API key is needed: Authorization: Bearer KEY"
+            return Refusal(client, error(401, problem, "invalid_api_key", (b"www-authenticate", b"Bearer")))
         if method is not None:
             if request.method == method:
                 return Exchange(self.core, client, request)
             return self._wrong_method(client, request, (method,))
-        if path not in self.operations:
+        found = self.operations.find(path)
+        if found is None:
             self.refused(404)
             return Refusal(client, error(404, f"no such path: {path}", "not_found"))
-        methods, operation = self.operations[path]
+        methods, operation = found
         if request.method not in methods:
             return self._wrong_method(client, request, methods)
         return LocalAnswer(self.core, client, request, operation)
+
+    def _preflight(self, client: ClientConnection, request: Request, origin: str) -> Refusal:
+        """A web page's browser asks first; it has no key yet."""
+        proxied, local = PROXIED.get(request.path), self.operations.find(request.path)
+        methods = (proxied,) if proxied is not None else local[0] if local is not None else ()
+        wanted = request.header(b"access-control-request-headers")
+        headers = self.access.preflight(origin, tuple(method.decode() for method in methods), wanted)
+        if headers is None:
+            self.refused(403)
+            return Refusal(
+                client, error(403, "pages of this origin may not ask (--allowed-origins)", "origin_not_allowed")
+            )
+        request.extra = headers
+        self.refused(200)
+        return Refusal(client, Response(200, b"", "text/plain"))
 
     def _wrong_method(self, client: ClientConnection, request: Request, methods: tuple[bytes, ...]) -> Refusal:
         self.refused(405)
@@ -136,12 +163,13 @@ async def serve(
     Every worker has been checked once by then. Raises ConfigError.
     """
     loop = asyncio.get_running_loop()
+    tls = server_tls(config.http)
     async with asyncio.TaskGroup() as group:
         router = Router(config, policies, lambda client, work: group.create_task(_owned(client, work)))
         await router.fleet.check_all()
         try:
             server = await loop.create_server(
-                lambda: ClientConnection(router), config.http.host, config.http.port, backlog=2048
+                lambda: ClientConnection(router), config.http.host, config.http.port, backlog=2048, ssl=tls
             )
         except OSError as err:
             await router.fleet.close()
@@ -150,7 +178,7 @@ async def serve(
         background += [group.create_task(router.fleet.watch(worker)) for worker in router.fleet.all()]
         try:
             host, port = server.sockets[0].getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
             log.info("router_listening", url=url)
             ready({"url": url, "host": host, "port": port})
             await stop.wait()
@@ -181,7 +209,7 @@ async def main(config: RouteConfig, context: ChildContext) -> int:
 
 def run(config: RouteConfig) -> int:
     """The `pd route` command. Returns the exit code; raises ConfigError and PluginError."""
-    configure("router", "", config.log)
+    configure("router", "", config.log, secrets=secret_values(config))
     return run_until_signalled(lambda stop: _serve_with_plugins(config, lambda _: None, stop))
 
 

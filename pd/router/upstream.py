@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections import deque
 from typing import Protocol, cast
 
@@ -222,10 +223,23 @@ class Connection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Connections to one worker. Idle ones are reused last in, first out, so that surplus ones grow old and close."""
+    """Connections to one worker. Idle ones are reused last in, first out, so that surplus ones grow old and close.
 
-    def __init__(self, host: str, port: int, *, connect_timeout: float, max_idle: int, idle_timeout: float) -> None:
-        self.host, self.port = host, port
+    `tls`: how an https worker is judged. `authorization`: the header line with which the router itself asks, or empty.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        connect_timeout: float,
+        max_idle: int,
+        idle_timeout: float,
+        tls: ssl.SSLContext | None = None,
+        authorization: bytes = b"",
+    ) -> None:
+        self.host, self.port, self.tls, self.authorization = host, port, tls, authorization
         self.connect_timeout, self.max_idle, self.idle_timeout = connect_timeout, max_idle, idle_timeout
         self._idle: deque[Connection] = deque()
         self._all: set[Connection] = set()
@@ -248,7 +262,7 @@ class ConnectionPool:
         connection = Connection(self)
         try:
             async with asyncio.timeout(self.connect_timeout):
-                await loop.create_connection(lambda: connection, self.host, self.port)
+                await loop.create_connection(lambda: connection, self.host, self.port, ssl=self.tls)
         except BaseException:
             if connection.transport is not None:  # made, and cancelled before it could be handed over
                 connection.transport.abort()
@@ -320,12 +334,23 @@ class _Collector:
             self.done.set_exception(ConnectionError(reason))
 
 
-async def fetch(pool: ConnectionPool, method: str, path: str, *, body: bytes = b"", limit: int = 1 << 20) -> Response:
-    """One whole response. Raises OSError. The caller bounds the time."""
+async def fetch(
+    pool: ConnectionPool,
+    method: str,
+    path: str,
+    *,
+    body: bytes = b"",
+    limit: int = 1 << 20,
+    authorization: bytes = b"",
+) -> Response:
+    """One whole response. Raises OSError. The caller bounds the time.
+
+    `authorization`: the header line of who asked, which counts where the pool has none of its own.
+    """
     head = (
         f"{method} {path} HTTP/1.1\r\nhost: {pool.host}:{pool.port}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    ).encode("latin-1")
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    ).encode("latin-1") + b"%b\r\n" % (pool.authorization or authorization)
     while True:
         connection = pool.get() or await pool.connect()
         collector = _Collector(limit)

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from pd.abc import WorkerView
+from pd.access import Access, client_tls
 from pd.config import RouteConfig
 from pd.errors import ConfigError
 from pd.logs import get_logger
@@ -57,16 +58,16 @@ class Address:
 
 
 def parse_address(flag: str, url: str, control_port: int = 0) -> Address:
-    """`http://HOST:PORT`. Raises ConfigError."""
+    """`http://HOST:PORT`, or with https. Raises ConfigError."""
     try:
         parts = urlsplit(url)
-        port = 80 if parts.port is None else parts.port
+        port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as err:
         raise ConfigError(flag, f"{url!r}: {err}") from None
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise ConfigError(flag, f"{url!r} is not of the form http://HOST:PORT")
     host = parts.hostname
-    return Address(f"http://{f'[{host}]' if ':' in host else host}:{port}", host, port, control_port)
+    if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/") or parts.query:
+        raise ConfigError(flag, f"{url!r} is not of the form http://HOST:PORT")
+    return Address(f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}", host, port, control_port)
 
 
 class Worker:
@@ -75,7 +76,7 @@ class Worker:
     def __init__(self, address: Address, pool: str, connections: ConnectionPool) -> None:
         self.address, self.pool, self.connections = address, pool, connections
         self.url = address.url
-        self.host_header = address.url.removeprefix("http://").encode("latin-1")
+        self.host_header = address.url.partition("://")[2].encode("latin-1")
         self.role = pool
         self.health = Health.UNKNOWN
         self.state = InstanceState.STARTING
@@ -195,8 +196,13 @@ class Fleet:
         self.decode = self._workers("decode", [parse_address("--decode", url) for url in config.decode])
         if not self.decode:
             raise ConfigError("--decode", "no decode instance given", "name at least one URL")
+        if config.worker_ca_certs and not any(worker.connections.tls for worker in self.all()):
+            raise ConfigError("--worker-ca-certs", "no worker is asked by https", "leave it out")
 
     def _workers(self, pool: str, addresses: list[Address]) -> list[Worker]:
+        https = any(address.url.startswith("https:") for address in addresses)
+        tls = client_tls(self.config.worker_ca_certs) if https else None
+
         def connections(address: Address) -> ConnectionPool:
             return ConnectionPool(
                 address.host,
@@ -204,6 +210,8 @@ class Fleet:
                 connect_timeout=self.config.connect_timeout,
                 max_idle=256,
                 idle_timeout=30.0,
+                tls=tls if address.url.startswith("https:") else None,
+                authorization=Access.of(self.config.http).authorization,
             )
 
         return [Worker(address, pool, connections(address)) for address in addresses]
@@ -260,6 +268,8 @@ class Fleet:
     async def _server_info(self, worker: Worker) -> dict[str, Any]:
         """What the worker says of itself; empty if it does not."""
         answer = await fetch(worker.connections, "GET", "/server_info")
+        if answer.status == 401:
+            raise ConnectionError("it wants another key: give the router its --api-key")
         if answer.status != 200:
             return {}
         try:

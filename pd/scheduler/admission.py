@@ -137,7 +137,7 @@ class Admission:
     def _where(self, request: Request, lacks: int, now: float) -> str | None:
         """ "" for here, a prefill's endpoint, or None to wait. Ends the request when nobody may compute it."""
         settings = self.core.settings
-        if self.decode is None or settings.role is Role.UNIFIED:
+        if self.decode is None or settings.role is Role.UNIFIED or request.probe:
             return ""
         if request.room < 0 and lacks <= settings.short_prefill:
             return self._here(request, lacks)

@@ -29,6 +29,15 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Commanded:
+    """An operator's wish, from an api worker: abort by id, pause, continue."""
+
+    now: float
+    worker: int
+    command: m.Command
+
+
+@dataclass(frozen=True, slots=True)
 class ApiLost:
     """An api worker died: its requests have no client any more."""
 
@@ -129,6 +138,7 @@ Event: TypeAlias = (
     RequestSubmitted
     | AbortRequested
     | Asked
+    | Commanded
     | ApiLost
     | DrainRequested
     | RunnerUp

@@ -83,7 +83,8 @@ class Reporter:
 
     def __init__(self, core: Core, decode: DecodeSide | None, prefill: PrefillSide | None) -> None:
         self.core, self.decode, self.prefill = core, decode, prefill
-        self._last: tuple[InstanceState, Load] | None = None
+        self.paused = False
+        self._last: tuple[InstanceState, Load, bool] | None = None
         self._audited, self._audited_at = self._mark(), float("-inf")
 
     def load(self) -> Load:
@@ -107,10 +108,11 @@ class Reporter:
             self.prefill.handoffs.set_status(now, state, load, self.credit())
         if self.decode is not None:
             self.decode.handoffs.set_status(now, state, load, 0)
-        if force or (state, load) != self._last:
-            self._last = (state, load)
+        if force or (state, load, self.paused) != self._last:
+            self._last = (state, load, self.paused)
             core = self.core
-            info = InstanceInfo(state, load, core.settings.control_endpoint, core.capacity_tokens, core.page_size)
+            endpoint = core.settings.control_endpoint
+            info = InstanceInfo(state, load, endpoint, core.capacity_tokens, core.page_size, self.paused)
             self.core.out.append(Reply(-1, info))  # to every api worker
 
     def answer(self, what: str) -> dict[str, object]:

@@ -56,6 +56,7 @@ class Request:
         "prefill_name",
         "prefills",
         "priority",
+        "probe",
         "prompt_len",
         "prompt_logprobs",
         "prompt_top_logprobs",
@@ -99,6 +100,7 @@ class Request:
         self.tried: dict[str, str] = {}  # endpoint -> why it is not asked again
         self.prefill_name = ""
         self.priority = 0
+        self.probe = False
         self.salt = ""
         self.room = -1
         self.leg = ""  # decode side: endpoint of the prefill instance whose leg waits for this request's first token

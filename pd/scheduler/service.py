@@ -207,6 +207,8 @@ class Service:
                     self.apply(ev.AbortRequested(now, key, reason))
                 case m.Ask():
                     self.apply(ev.Asked(now, worker, message))
+                case m.AbortMatching() | m.Pause() | m.Continue():
+                    self.apply(ev.Commanded(now, worker, message))
                 case m.Drain(bound_ms):
                     self.apply(ev.DrainRequested(now, bound_ms / 1000))
 

@@ -21,6 +21,7 @@ from pd.scheduler.admission import Admission
 from pd.scheduler.batch import Chunk, InFlight
 from pd.scheduler.core import Core, SchedulerSettings
 from pd.scheduler.decode_side import DecodeSide
+from pd.scheduler.operate import Operator
 from pd.scheduler.prefill_side import PrefillSide, split_digests
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 from pd.scheduler.transfer_watch import TransferWatch
@@ -45,10 +46,12 @@ class Scheduler:
         self._watch: TransferWatch | None = None
         self._drain_by = float("inf")
         self._exited = False
+        self.operator = Operator(self.out, self._end)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.RequestSubmitted: self._submitted,
             ev.AbortRequested: self._abort,
             ev.Asked: self._asked,
+            ev.Commanded: self.operator.command,
             ev.ApiLost: self._api_lost,
             ev.DrainRequested: self._drain,
             ev.RunnerUp: self._runner_up,
@@ -74,9 +77,10 @@ class Scheduler:
                 self.prefill.let_go(now)
             self._notices(now)
             assert self.admission is not None
-            self.admission.run(now)
-            self._notices(now)
-            while (order := core.batcher.order(now)) is not None:
+            if not self.operator.paused:
+                self.admission.run(now)
+                self._notices(now)
+            while not self.operator.paused and (order := core.batcher.order(now)) is not None:
                 self.out.append(RunStep(order))
                 if self.prefill is not None:
                     self.prefill.handoffs.ordered(order.step)
@@ -100,6 +104,7 @@ class Scheduler:
         self.decode, self.prefill = report.make_sides(core, event.ready)
         self.admission = Admission(core, self.decode, self.prefill)
         self._reporter = report.Reporter(core, self.decode, self.prefill)
+        self.operator.attach(core, self._reporter, self.admission)
         if self.settings.role is not Role.UNIFIED:
             self._watch = TransferWatch((event.ready.rank,), self.settings.scheduler.step_timeout)
         if self.state is InstanceState.STARTING:
@@ -115,6 +120,7 @@ class Scheduler:
     def _drain(self, event: ev.DrainRequested) -> None:
         self.state = InstanceState.DRAINING
         self._drain_by = event.now + event.bound
+        self.operator.drain()
         if self.core is None or self._reporter is None:
             self._exit(0, "drained before it was ready")
         else:
@@ -178,11 +184,11 @@ class Scheduler:
         request.logprob_start = submit.logprob_start
         request.prompt_top_logprobs = submit.prompt_top_logprobs
         request.prefills, request.salt, request.room = submit.prefills, submit.salt, submit.room
-        request.priority = submit.priority
+        request.priority, request.probe = submit.priority, submit.probe
         request.idle_timeout = submit.idle_timeout_ms / 1000
         if submit.client_timeout_ms is not None:
             request.deadline = event.now + submit.client_timeout_ms / 1000
-        if self.prefill is not None:
+        if self.prefill is not None and not request.probe:
             self.prefill.leg_came(event.now, request)
             return
         core.add(request, event.now)
@@ -191,7 +197,7 @@ class Scheduler:
 
     def _problem(self, submit: Submit, tokens: int, core: Core) -> tuple[int, str, str | None, str | None] | None:
         """(status, message, param, code) when the request can never be served here."""
-        if self.settings.role is Role.PREFILL and submit.room < 0:
+        if self.settings.role is Role.PREFILL and submit.room < 0 and not submit.probe:
             return 400, "this is a prefill instance: send requests to a decode instance or the router", None, None
         if submit.choices != 1:
             return 400, "n: only 1 is supported", "n", None

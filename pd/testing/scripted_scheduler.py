@@ -11,13 +11,17 @@ from typing import Any, Generic, TypeVar
 from pd.errors import ChannelClosed, ChannelFull
 from pd.messages import (
     Abort,
+    AbortMatching,
     Answer,
     ApiToScheduler,
     Ask,
+    Command,
+    Continue,
     Finish,
     Finished,
     InstanceInfo,
     LogprobRow,
+    Pause,
     PromptLogprobs,
     Rejected,
     SchedulerToApi,
@@ -131,7 +135,8 @@ class Reply:
 
 
 class ScriptedScheduler:
-    """Answers each `Submit` by `script`. What came in is kept for assertions: `submits`, `aborts`, `asks`."""
+    """Answers each `Submit` by `script`. What came in is kept for assertions: `submits`, `aborts`, `asks`,
+    `commands`."""
 
     def __init__(self, channel: PairChannel[SchedulerToApi, ApiToScheduler], script: Callable[[Submit], Reply]) -> None:
         self.channel = channel
@@ -139,10 +144,12 @@ class ScriptedScheduler:
         self.submits: list[Submit] = []
         self.aborts: list[Abort] = []
         self.asks: list[Ask] = []
+        self.commands: list[Command] = []
+        self.paused = False
         self.answers: dict[str, dict[str, object]] = {
             "info": {},
             "audit": {"balanced": True},
-            "flush_cache": {"freed": 3},
+            "flush_cache": {"freed_blocks": 3},
         }
         self._replies: dict[int, asyncio.Task[None]] = {}
 
@@ -166,10 +173,30 @@ class ScriptedScheduler:
                     self.asks.append(message)
                     if message.what in self.answers:
                         self.channel.send_nowait(Answer(message.token, self.answers[message.what]))
+                elif isinstance(message, AbortMatching | Pause | Continue):
+                    self._command(message)
+
+    def _command(self, command: Command) -> None:
+        """Carried out as the real one does, on the requests whose reply is not over."""
+        self.commands.append(command)
+        ends: str | None = command.rid if isinstance(command, AbortMatching) else None
+        if isinstance(command, Pause | Continue):
+            self.paused = isinstance(command, Pause)
+            ends = "" if isinstance(command, Pause) and command.mode == "abort" else None
+        count = 0
+        for submit in self.submits:
+            task = self._replies[submit.key]
+            if ends is not None and ends in ("", submit.rid) and (not task.done() or self.script(submit).silent):
+                count += 1
+                task.cancel()
+                finish = Finish(FinishReason.ABORT, message="aborted by the operator")
+                self.channel.send_nowait(StepOutputs(b"", b"", b"", finished=[Finished(submit.key, 0, finish)]))
+        self.announce(InstanceState.READY)
+        self.channel.send_nowait(Answer(command.token, {"aborted": count, "paused": self.paused}))
 
     def announce(self, state: InstanceState, max_total_tokens: int = 0) -> None:
         load = Load(running=1, waiting=2, free_blocks=3, total_blocks=4, queued_tokens=5)
-        self.channel.send_nowait(InstanceInfo(state, load, "tcp://127.0.0.1:9", max_total_tokens, 32))
+        self.channel.send_nowait(InstanceInfo(state, load, "tcp://127.0.0.1:9", max_total_tokens, 32, self.paused))
 
     async def _reply(self, submit: Submit) -> None:
         reply = self.script(submit)

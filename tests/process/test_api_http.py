@@ -1,116 +1,24 @@
 """The real app on real sockets, with a scripted scheduler on the other end of its channel."""
 
 import asyncio
-import contextlib
 import itertools
 import json
-from dataclasses import dataclass, field
 
-import httpx
 import pytest
+from api_kit import encode, events, says, serving
 
-from pd.api.app import App
-from pd.api.context import ChatFormats, Context, Limits, Served
-from pd.api.engine import Engine
-from pd.api.metrics import Latencies
-from pd.api.params import ModelLimits
-from pd.api.server import HttpServer, bind
-from pd.api.tokenizer import Tokenizer
+from pd.api.context import Limits
 from pd.messages import Finish
 from pd.testing import tiny_tokenizer
-from pd.testing.scripted_scheduler import Reply, ScriptedScheduler, channel_pair, tokens_of
+from pd.testing.scripted_scheduler import Reply, tokens_of
 from pd.types import FinishReason, InstanceState
 
 pytestmark = pytest.mark.process
-
-BOUND_S = 15
-STOP = Finish(FinishReason.STOP, stop_id=tiny_tokenizer.EOS)
-
-
-def encode(text):
-    return tuple(tiny_tokenizer.byte_level().encode(text, add_special_tokens=False).ids)
-
-
-def says(text, **options):
-    """A script that answers every prompt with this text and the end token."""
-    reply = Reply(tokens=(*encode(text), tiny_tokenizer.EOS), finish=STOP, **options)
-    return lambda submit: reply
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     return tiny_tokenizer.write(tmp_path_factory.mktemp("model"))
-
-
-@dataclass
-class Running:
-    client: httpx.AsyncClient
-    scheduler: ScriptedScheduler
-    engine: Engine
-    app: App
-    port: int
-    summaries: list = field(default_factory=list)
-    reports: list = field(default_factory=list)
-
-    async def until(self, condition):
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def serving(
-    model,
-    script,
-    *,
-    state=InstanceState.READY,
-    role="unified",
-    limits=None,
-    idle_timeout_s=600.0,
-    context=256,
-    chat=None,
-):
-    api_end, scheduler_end = channel_pair()
-    tokenizer = Tokenizer(model)
-    latencies = Latencies()
-
-    def detokenizer(prompt):
-        skip, shown = prompt.skip_special_tokens, prompt.shown_tokens
-        return tokenizer.detokenizer(prompt.tokens, skip_special_tokens=skip, shown=shown)
-
-    engine = Engine(api_end, detokenizer, latencies, idle_timeout_s=idle_timeout_s)
-    scheduler = ScriptedScheduler(scheduler_end, script)
-    served = Served("tiny", str(model), role, ModelLimits(tokenizer.vocab_size, context, (tiny_tokenizer.EOS,)))
-    summaries, reports = [], []
-    app_context = Context(
-        engine, tokenizer, latencies, served, limits or Limits(), summaries.append, chat or ChatFormats()
-    )
-    app = App(app_context, reports.append)
-    sock = bind("127.0.0.1", 0)
-    port = sock.getsockname()[1]
-    ready = asyncio.Event()
-    server = HttpServer(app, ready.set)
-    tasks = []
-    async with asyncio.timeout(BOUND_S), asyncio.TaskGroup() as group:
-        tasks = [group.create_task(c) for c in (engine.run(), scheduler.run(state), server.serve([sock]))]
-        await ready.wait()
-        await asyncio.sleep(0)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=BOUND_S) as client:
-            yield Running(client, scheduler, engine, app, port, summaries, reports)
-        server.should_exit = True
-        await tasks[2]
-        for task in tasks:
-            task.cancel()
-    tokenizer.close()
-    assert not reports, reports
-
-
-def events(text):
-    """The data of each server-sent event; the stream's form is checked on the way."""
-    assert text.endswith("\n\n")
-    blocks = text[:-2].split("\n\n")
-    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
-    return [block[6:] if block[6:] == "[DONE]" else json.loads(block[6:]) for block in blocks]
 
 
 # --- completions -----------------------------------------------------------------------------------------------------
@@ -226,6 +134,138 @@ def test_completion_logprobs_align_with_the_tokens(run_async, model):
             streamed = [c["choices"][0]["logprobs"] for c in chunks]
             for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
                 assert [value for part in streamed for value in part[name]] == whole[name]
+
+    run_async(main())
+
+
+def test_an_echo_begins_the_answer_with_its_prompt_and_the_prompts_logprobs(run_async, model):
+    async def main():
+        async with serving(model, says(" there")) as at:
+            request = {"prompt": ["Hello you", "Hi"], "echo": True, "logprobs": 2, "max_tokens": 30}
+            body = (await at.client.post("/v1/completions", json=request)).json()
+            first, second = body["choices"]
+            assert first["text"] == "Hello you there" and second["text"] == "Hi there"
+            assert {s.logprob_start for s in at.scheduler.submits} == {0}
+            assert {s.prompt_top_logprobs for s in at.scheduler.submits} == {2}
+            prompt = tiny_tokenizer.byte_level().encode("Hello you").ids
+            found = first["logprobs"]
+            assert found["token_logprobs"] == [
+                None,
+                *[-0.25] * (len(prompt) - 1),
+                *[-0.5] * (len(encode(" there")) + 1),
+            ]
+            assert found["top_logprobs"][0] is None and len(found["top_logprobs"]) == len(found["tokens"])
+            texts = zip(found["tokens"], found["text_offset"], strict=True)
+            assert all(first["text"][at:].startswith(token) for token, at in texts if not token.startswith("<|"))
+
+            chunks = events((await at.client.post("/v1/completions", json={**request, "stream": True})).text)[:-1]
+            for choice in body["choices"]:
+                pieces = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+                assert "".join(piece["text"] for piece in pieces) == choice["text"]
+                for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+                    parts = [value for piece in pieces for value in piece["logprobs"][name]]
+                    assert parts == choice["logprobs"][name]
+
+    run_async(main())
+
+
+def test_a_prompt_is_scored_without_any_output(run_async, model):
+    async def main():
+        async with serving(model, lambda submit: Reply(tokens=encode("x"))) as at:
+            prompt = tiny_tokenizer.byte_level().encode("Hello you").ids
+            request = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
+            body = (await at.client.post("/v1/completions", json=request)).json()
+            [choice] = body["choices"]
+            assert choice["text"] == "Hello you" and choice["finish_reason"] == "length"
+            assert choice["logprobs"]["token_logprobs"] == [None, *[-0.25] * (len(prompt) - 1)]
+            assert body["usage"]["completion_tokens"] == 0
+            assert at.scheduler.submits[0].sampling.max_tokens == 1  # the scheduler always samples one
+            [chunk] = events((await at.client.post("/v1/completions", json={**request, "stream": True})).text)[:-1]
+            assert chunk["choices"] == [choice]
+
+            request = {"text": "Hello", "max_new_tokens": 0, "return_logprob": True, "logprob_start_len": 0}
+            body = (await at.client.post("/generate", json=request)).json()
+            meta = body["meta_info"]
+            assert body["text"] == "" and body["output_ids"] == [] and meta["completion_tokens"] == 0
+            assert meta["finish_reason"] == {"type": "length", "length": 0} and meta["output_token_logprobs"] == []
+            assert len(meta["input_token_logprobs"]) == meta["prompt_tokens"]
+
+    run_async(main())
+
+
+def test_an_echo_of_a_truncated_prompt_is_what_is_left_of_it(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            ids = tiny_tokenizer.byte_level().encode("Hello world, how are you").ids
+            request = {"prompt": "Hello world, how are you", "truncate_prompt_tokens": 3, "echo": True, "max_tokens": 0}
+            body = (await at.client.post("/v1/completions", json=request)).json()
+            assert tokens_of(at.scheduler.submits[0]) == ids[-3:]
+            assert body["choices"][0]["text"] == tiny_tokenizer.byte_level().decode(ids[-3:])
+            long = {"prompt": [5] * 400, "truncate_prompt_tokens": -1, "max_tokens": 56}
+            assert (await at.client.post("/v1/completions", json=long)).status_code == 200
+            assert len(tokens_of(at.scheduler.submits[1])) == 200  # the context less the output
+            await at.client.post("/v1/chat/completions", json={**CHAT, "truncate_prompt_tokens": 2})
+            assert len(tokens_of(at.scheduler.submits[2])) == 2
+
+    run_async(main())
+
+
+def test_token_ids_are_returned_with_the_text(run_async, model):
+    async def main():
+        async with serving(model, says("Hello you", step_s=0.001)) as at:
+            ids = [*encode("Hello you"), tiny_tokenizer.EOS]
+            request = {"prompt": [[5, 6], [7]], "return_token_ids": True, "max_tokens": 30}
+            choices = (await at.client.post("/v1/completions", json=request)).json()["choices"]
+            assert [c["prompt_token_ids"] for c in choices] == [[5, 6], [7]]
+            assert [c["token_ids"] for c in choices] == [ids, ids]
+            chunks = events((await at.client.post("/v1/completions", json={**request, "stream": True})).text)[:-1]
+            for index, prompt in enumerate(([5, 6], [7])):
+                pieces = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+                assert [token for piece in pieces for token in piece["token_ids"]] == ids
+                assert pieces[0]["prompt_token_ids"] == prompt
+                assert not any("prompt_token_ids" in piece for piece in pieces[1:])
+
+            request = {**CHAT, "return_token_ids": True}
+            body = (await at.client.post("/v1/chat/completions", json=request)).json()
+            assert body["prompt_token_ids"] == tokens_of(at.scheduler.submits[-1])
+            assert body["choices"][0]["token_ids"] == ids
+            chunks = events((await at.client.post("/v1/chat/completions", json={**request, "stream": True})).text)[:-1]
+            assert chunks[0]["prompt_token_ids"] == body["prompt_token_ids"]
+            assert [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", ())] == ids
+
+    run_async(main())
+
+
+def test_tokens_are_named_by_their_ids_on_request(run_async, model):
+    async def main():
+        async with serving(model, says("Hi")) as at:
+            names = [f"token_id:{token}" for token in (*encode("Hi"), tiny_tokenizer.EOS)]
+            request = {"prompt": "a", "logprobs": 1, "return_tokens_as_token_ids": True}
+            found = (await at.client.post("/v1/completions", json=request)).json()["choices"][0]["logprobs"]
+            assert found["tokens"] == names and all(
+                name in top for name, top in zip(names, found["top_logprobs"], strict=True)
+            )
+            request = {**CHAT, "logprobs": True, "return_tokens_as_token_ids": True}
+            content = (await at.client.post("/v1/chat/completions", json=request)).json()["choices"][0]["logprobs"]
+            assert [entry["token"] for entry in content["content"]] == names
+
+    run_async(main())
+
+
+def test_prompt_logprobs_are_given_by_token_id(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            request = {"prompt": [20, 21], "prompt_logprobs": 1, "max_tokens": 3}
+            [choice] = (await at.client.post("/v1/completions", json=request)).json()["choices"]
+            text = tiny_tokenizer.byte_level().decode([21])
+            top = {"logprob": -1.0, "rank": 1, "decoded_token": text}  # the script's alternative is the token itself
+            assert choice["prompt_logprobs"] == [None, {"21": top}] and choice["logprobs"] is None
+            request["prompt_logprobs"] = 0
+            [choice] = (await at.client.post("/v1/completions", json=request)).json()["choices"]
+            own = {"logprob": -0.25, "rank": None, "decoded_token": text}
+            assert choice["prompt_logprobs"] == [None, {"21": own}]
+            body = (await at.client.post("/v1/chat/completions", json={**CHAT, "prompt_logprobs": 0})).json()
+            assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"] and body["prompt_logprobs"][0] is None
 
     run_async(main())
 
@@ -389,7 +429,11 @@ BAD = [
     ("/v1/completions", {"prompt": "Hi", "n": 2}, "n"),
     ("/v1/completions", {"prompt": "Hi", "n": 0}, "n"),
     ("/v1/completions", {"prompt": "Hi", "best_of": 3}, "best_of"),
-    ("/v1/completions", {"prompt": "Hi", "echo": True}, "echo"),
+    ("/v1/completions", {"prompt": "Hi", "echo": "yes"}, "echo"),
+    ("/v1/completions", {"prompt": "Hi", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ("/v1/completions", {"prompt": "Hi", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ("/v1/completions", {"prompt": "Hi", "allowed_token_ids": [5]}, "allowed_token_ids"),
+    ("/v1/completions", {"prompt": "Hi", "bad_words": ["x"]}, "bad_words"),
     ("/v1/completions", {"prompt": "Hi", "suffix": "x"}, "suffix"),
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 0}, "max_tokens"),
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 1000}, "max_tokens"),
@@ -664,6 +708,18 @@ def test_request_id_timeout_and_prefills_travel(run_async, model):
     run_async(main())
 
 
+def test_an_id_that_no_header_can_carry_is_answered_without_what_is_unfit(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            answer = await at.client.post("/generate", json={"text": "a", "rid": "a\r\nset-cookie: b\x7f日"})
+            assert answer.status_code == 200 and answer.json()["meta_info"]["id"] == "a\r\nset-cookie: b\x7f日"
+            assert answer.headers["x-request-id"] == "a??set-cookie: b??" and "set-cookie" not in answer.headers
+            answer = await at.client.post("/v1/completions", json={"prompt": [], "rid": "x" * 5000})
+            assert answer.status_code == 400 and len(answer.headers["x-request-id"]) == 256
+
+    run_async(main())
+
+
 def test_models_and_infos_describe_the_instance(run_async, model):
     async def main():
         async with serving(model, says("x"), role="decode") as at:
@@ -675,7 +731,7 @@ def test_models_and_infos_describe_the_instance(run_async, model):
             assert (await at.client.get("/server_info?audit=1")).json()["audit"] == {"balanced": True}
             for path in ("/model_info", "/get_model_info"):
                 assert (await at.client.get(path)).json()["model_path"] == str(model)
-            assert (await at.client.post("/flush_cache")).json() == {"freed": 3}
+            assert (await at.client.post("/flush_cache")).json() == {"freed_blocks": 3}
 
     run_async(main())
 

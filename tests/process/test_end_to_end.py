@@ -7,7 +7,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -378,6 +378,61 @@ def test_streamed_and_whole_completions_are_the_same(pair: Deployment) -> None:
             assert usage["total_tokens"] == body["max_tokens"] + len(body["prompt"])
 
 
+def test_a_scored_prompt_has_the_logprobs_of_transformers_and_no_output(pair: Deployment) -> None:
+    asked = prompt(150, 31)
+    body = {"prompt": asked, "echo": True, "logprobs": 2, "max_tokens": 0, "prompt_logprobs": 1}
+    body["return_tokens_as_token_ids"] = True  # the text of half a character names many
+    answer = httpx.post(f"{pair.url}/v1/completions", json=body, timeout=60).json()
+    [choice] = answer["choices"]
+    want = pair.oracle.generate_logprobs(asked, 1).logprobs
+    assert answer["usage"]["completion_tokens"] == 0 and choice["finish_reason"] == "length"
+    found = choice["logprobs"]["token_logprobs"]
+    assert len(found) == len(asked) and found[0] is None and choice["prompt_logprobs"][0] is None
+    for at in range(1, len(asked)):
+        exact = float(want[at - 1][asked[at]])
+        assert abs(found[at] - exact) < 1e-5
+        assert abs(choice["prompt_logprobs"][at][str(asked[at])]["logprob"] - exact) < 1e-5
+        assert len(choice["logprobs"]["top_logprobs"][at]) in (2, 3)
+
+
+#: Options of sampling, all with a seed, and what holds for the token ids of any answer.
+SAMPLED: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
+    "logit_bias": ({"logit_bias": {"65": 100}}, lambda ids: ids == [65] * 12),
+    "presence_penalty": ({"presence_penalty": 1.9}, lambda ids: len(ids) == 12),
+    "frequency_penalty": ({"frequency_penalty": 1.9}, lambda ids: len(ids) == 12),
+    "repetition_penalty": ({"repetition_penalty": 1.4}, lambda ids: len(ids) == 12),
+    "top_k": ({"top_k": 3}, lambda ids: len(ids) == 12),
+    "top_p": ({"top_p": 0.5}, lambda ids: len(ids) == 12),
+    "min_p": ({"min_p": 0.2}, lambda ids: len(ids) == 12),
+    "min_tokens": (
+        {"min_tokens": 5, "ignore_eos": False, "logit_bias": {"1": 100}},
+        lambda ids: len(ids) == 6 and ids.index(1) == 5,
+    ),
+    "stop_token_ids": ({"stop_token_ids": [66], "logit_bias": {"66": 100}}, lambda ids: ids == [66]),
+}
+
+
+@pytest.mark.parametrize("option", SAMPLED)
+def test_every_option_of_sampling_acts_and_gives_the_same_on_one_instance_and_on_two(
+    llama: Deployment, unified: Deployment, option: str
+) -> None:
+    fields, holds = SAMPLED[option]
+    body = {
+        "prompt": prompt(40, 3),
+        "max_tokens": 12,
+        "seed": 5,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **fields,
+    }
+    answers = [
+        httpx.post(f"{at.url}/v1/completions", json={**body, "user": "me"}, timeout=60).json()["choices"][0]
+        for at in (llama, unified)
+    ]
+    assert answers[0] == answers[1]
+    assert holds(answers[0]["token_ids"]), answers[0]["token_ids"]
+
+
 def test_a_chat_streams_what_it_answers_as_a_whole(llama: Deployment) -> None:
     sampling = garbled("é日", 5)["sampling_params"]
     body = {
@@ -436,3 +491,57 @@ def test_a_request_that_names_no_prefill_is_503_under_never(llama: Deployment) -
     response = httpx.post(f"{llama.decode}/v1/completions", json=body, timeout=30)
     assert response.status_code == 503
     assert "prefill" in response.json()["error"]["message"]
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+def test_every_instance_generates_a_token_for_a_health_check(llama: Deployment, unified: Deployment) -> None:
+    steps = [metrics(url)["pd_steps_total"] for url in (llama.prefill, llama.decode, unified.decode)]
+    for url in (llama.prefill, llama.decode, unified.decode, llama.url):
+        assert httpx.get(f"{url}/health_generate", timeout=30).status_code == 200, url
+    after = [metrics(url)["pd_steps_total"] for url in (llama.prefill, llama.decode, unified.decode)]
+    assert all(later > earlier for earlier, later in zip(steps, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_paused_cluster_stands_still_and_goes_on_with_the_same_tokens(llama: Deployment, mode: str) -> None:
+    body = ask(prompt(80, 21), 120)
+    (want,) = llama.generate([body])
+    with httpx.stream("POST", f"{llama.url}/generate", json={**body, "stream": True}, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+        for _ in range(5):
+            next(lines)
+        paused = httpx.post(f"{llama.url}/pause_generation", json={"mode": mode}, timeout=30).json()
+        assert paused["success"] and paused["aborted"] == 0
+        time.sleep(0.2)
+        steps = metrics(llama.decode)["pd_steps_total"]
+        time.sleep(0.3)
+        assert metrics(llama.decode)["pd_steps_total"] == steps
+        assert httpx.get(f"{llama.decode}/server_info", timeout=30).json()["paused"] is True
+        assert httpx.get(f"{llama.decode}/health_generate", timeout=30).status_code == 503
+        assert httpx.post(f"{llama.url}/continue_generation", json={}, timeout=30).json()["success"]
+        last = [json.loads(line.removeprefix("data: ")) for line in lines][-1]
+    assert last["output_ids"] == want["output_ids"]
+
+
+@pytest.mark.parametrize("how", ["/abort_request", "/pause_generation"])
+def test_an_abort_ends_a_stream_on_the_decode_instance_by_the_router(llama: Deployment, how: str) -> None:
+    body = {"prompt": prompt(60, 3), "max_tokens": 900, "ignore_eos": True, "stream": True, "rid": "to-be-aborted"}
+    wish = {"rid": "to-be-aborted"} if how == "/abort_request" else {"mode": "abort"}
+    with httpx.stream("POST", f"{llama.url}/v1/completions", json=body, timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line.startswith("data: "))
+        for _ in range(3):
+            next(lines)
+        assert httpx.post(f"{llama.url}{how}", json=wish, timeout=30).json()["aborted"] == 1
+        *_, last, done = lines
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+    httpx.post(f"{llama.url}/continue_generation", timeout=30).raise_for_status()
+
+
+def test_the_load_of_every_instance_is_in_the_routers(llama: Deployment) -> None:
+    body = httpx.get(f"{llama.url}/v1/loads", timeout=30).json()
+    assert {entry["worker"] for entry in body["loads"]} == {llama.prefill, llama.decode}
+    assert all(entry["num_used_tokens"] == 0 and entry["max_total_num_tokens"] > 0 for entry in body["loads"])
+    assert len(httpx.get(f"{llama.url}/get_load", timeout=30).json()) == 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from router_kit import Call, FakeWorker, echo, eventually, routing, workers
 
+from pd.config import HttpConfig
 from pd.router import client as client_module
 
 Run = Callable[..., Any]
@@ -57,7 +58,7 @@ def test_malformed_http_gets_400_and_the_end_of_the_connection(run_async: Run, d
 def test_what_is_too_large_or_not_spoken_is_refused(run_async: Run, data: bytes, status: int) -> None:
     async def main() -> None:
         decode = FakeWorker()
-        async with workers(decode), routing([decode], max_body=1000) as gate:
+        async with workers(decode), routing([decode], http=HttpConfig(port=0, max_request_bytes=1000)) as gate:
             client = await gate.client()
             client.send(data)
             answer = await client.answer()
@@ -85,7 +86,7 @@ def test_an_http_2_preface_in_pieces_is_refused_too(run_async: Run) -> None:
 def test_a_large_upload_that_is_refused_still_hears_why(run_async: Run) -> None:
     async def main() -> None:
         decode = FakeWorker()
-        async with workers(decode), routing([decode], max_body=1000) as gate:
+        async with workers(decode), routing([decode], http=HttpConfig(port=0, max_request_bytes=1000)) as gate:
             client = await gate.client()
             client.post("/generate", b"x" * 4_000_000)
             assert (await client.answer()).status == 413

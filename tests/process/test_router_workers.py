@@ -205,9 +205,9 @@ def test_models_are_the_union_and_operations_reach_every_worker(run_async: Run) 
             assert {call.target for worker in (*decodes, prefill) for call in worker.calls} == {
                 "/flush_cache?timeout=1"
             }
-            answer = await gate.post("/start_profile", b'{"steps":1}')
+            answer = await gate.post("/pause_generation", b'{"mode":"retract"}')
             assert answer.status == 502 and set(answer.json["workers"].values()) == {500}
-            assert decodes[0].calls[-1].body == b'{"steps":1}'
+            assert decodes[0].calls[-1].body == b'{"mode":"retract"}'
             await decodes[0].stop()
             answer = await gate.get("/flush_cache")
             assert answer.status == 502 and answer.json["workers"][prefill.url] == 200

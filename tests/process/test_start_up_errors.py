@@ -89,3 +89,10 @@ def test_a_port_that_is_taken(model: str, tmp_path: Path, flag: str, more: tuple
     assert "ddress already in use" in line
     if flag == "--control-port":
         assert "give each prefill instance of a host a port of its own (--disaggregation-bootstrap-port" in line
+
+
+@pytest.mark.parametrize("command", ["serve", "route", "up"])
+def test_a_certificate_that_is_not_there(model: str, tmp_path: Path, command: str) -> None:
+    words = ["--decode", "http://127.0.0.1:1"] if command == "route" else [model]
+    code, line = said([command, *words, "--port", "0", "--ssl-certfile", "absent.pem"], tmp_path)
+    assert (code, line) == (2, "pd: --ssl-certfile: cannot read absent.pem: No such file or directory")

@@ -211,7 +211,7 @@ def test_router_lines_start_a_router(line: str, expected: dict[str, Any]) -> Non
         ("--prefill http://a:1", "--decode", "at least one decode"),
         ("--decode", "--decode", "expected at least one"),
         ("--decode d:4", "--decode", "http://host:port"),
-        ("--decode https://d:4", "--decode", "http://host:port"),
+        ("--decode ftp://d:4", "--decode", "http://host:port"),
         ("--decode http://d:4/v1", "--decode", "http://host:port"),
         ("--decode http://d:99999", "--decode", "out of range"),
         ("--decode http://d:4 8998", "--decode", "no bootstrap port"),
