@@ -15,7 +15,7 @@ from pd.scheduler.batch import Batcher, BatchLimits
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.outputs import Outputs
 from pd.scheduler.prefix import PrefixCache
-from pd.scheduler.request import Request, State, WaitingQueue
+from pd.scheduler.request import Family, Request, State, WaitingQueue
 from pd.types import FinishReason, Role
 
 #: Keys of requests that a prefill instance computes for others lie above every api worker's.
@@ -94,6 +94,7 @@ class Core:
         )
         self.waiting = WaitingQueue()
         self.requests: dict[int, Request] = {}
+        self.families: dict[int, Family] = {}  # by the api's key: requests with several choices
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
         self.stats = Stats()
@@ -134,14 +135,20 @@ class Core:
         return None
 
     def add(self, request: Request, now: float) -> None:
-        self._age += 1
-        request.age = self._age
+        request.age = self._age + 1
+        self._age += request.slots  # each choice has an age of its own
+        if request.slots > 1:
+            request.family = self.families[request.key] = Family(request)
+        self.adopt(request, now)
+        self.waiting.push(request)
+
+    def adopt(self, request: Request, now: float) -> None:
+        """Know the request from now on; the caller says what becomes of it."""
         request.heard_at = now
         self.requests[request.key] = request
         if request.remote is None:
             self.workers[request.worker] = self.workers.get(request.worker, 0) + 1
         self.watch(request)
-        self.waiting.push(request)
 
     def requeue(self, request: Request) -> None:
         """A retracted request: back to the queue, at its age's place among the replays."""
@@ -159,6 +166,14 @@ class Core:
             self.workers[request.worker] -= 1
             if not self.workers[request.worker]:
                 del self.workers[request.worker]
+        family = request.family
+        if family is not None:
+            if request is family.prompt:
+                family.prompt = None
+            else:
+                family.members.pop(request.choice, None)
+            if family.prompt is None and not family.members:
+                self.families.pop(request.client_key, None)
 
     def watch(self, request: Request) -> None:
         if request.expires < float("inf"):
