@@ -55,8 +55,7 @@ class ChatPlan(OpenAIPlan):
 
     def opening(self, exchange: Exchange) -> bytes:
         role = b'"delta":{"role":"assistant","content":""}'
-        indices = range(len(exchange.generations))
-        return b"".join([self._template.chunk(index, member=role) for index in indices])
+        return b"".join([self._template.chunk(choice.place, member=role) for choice in exchange.choices()])
 
 
 async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str) -> ChatPlan:

@@ -97,18 +97,23 @@ def named_prefills(http: Http) -> tuple[str, ...]:
     return endpoints
 
 
-def nth(value: Any, index: int, count: int, name: str) -> Any:
-    """A batch's field: a list has one element per prompt, a scalar serves all."""
+def nth(value: Any, index: int, count: int, name: str, n: int = 1) -> Any:
+    """A batch's field: a list has one element per prompt, a scalar serves all.
+
+    With `n` a list may have one per output instead; a prompt takes its first one's.
+    """
     if not isinstance(value, list):
         return value
+    if n > 1 and len(value) == count * n:
+        return value[index * n]
     if len(value) != count:
         raise RequestError(f"{name} must have one element per prompt ({count}), got {len(value)}", param=name)
     return value[index]
 
 
-def _room(fields: RequestFields, index: int, count: int) -> int:
+def _room(fields: RequestFields, index: int, count: int, n: int) -> int:
     """A scalar room with a batch numbers the prompts from itself on."""
-    room = nth(fields.bootstrap_room, index, count, "bootstrap_room")
+    room = nth(fields.bootstrap_room, index, count, "bootstrap_room", n)
     if room is None:
         return -1
     if not isinstance(fields.bootstrap_room, list):
@@ -118,9 +123,9 @@ def _room(fields: RequestFields, index: int, count: int) -> int:
     return room
 
 
-def _bootstrap_endpoint(fields: RequestFields, index: int, count: int) -> tuple[str, ...]:
-    host = nth(fields.bootstrap_host, index, count, "bootstrap_host")
-    port = nth(fields.bootstrap_port, index, count, "bootstrap_port")
+def _bootstrap_endpoint(fields: RequestFields, index: int, count: int, n: int) -> tuple[str, ...]:
+    host = nth(fields.bootstrap_host, index, count, "bootstrap_host", n)
+    port = nth(fields.bootstrap_port, index, count, "bootstrap_port", n)
     if not host:
         return ()
     port = DEFAULT_BOOTSTRAP_PORT if port is None else port
@@ -159,11 +164,16 @@ class PromptBuilder:
             raise RequestError(f"{field} must not be empty", param=field)
         if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
             raise RequestError(f"{field} must be token ids from 0 to {limits.vocab_size - 1}", param=field)
+        most = self.context.limits.prompts
+        if count * wishes.n > most:
+            raise RequestError(
+                f"n times the number of prompts must be at most {most}, got {wishes.n} x {count}", param="n"
+            )
         max_tokens = self._max_tokens(len(tokens), wishes, field, default_max_tokens)
-        room = _room(self.fields, index, count)
+        room = _room(self.fields, index, count, wishes.n)
         prefills = self.prefills
         if room >= 0:
-            prefills += _bootstrap_endpoint(self.fields, index, count)
+            prefills += _bootstrap_endpoint(self.fields, index, count, wishes.n)
         sampling = wishes.sampling
         if index and not wishes.seeded:
             # Equal prompts of one batch are different draws, unless the client fixed them.
@@ -182,6 +192,7 @@ class PromptBuilder:
             room=room,
             priority=self.fields.priority or 0,
             salt=self.fields.cache_salt or self.fields.extra_key or "",
+            choices=wishes.n,
         )
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:

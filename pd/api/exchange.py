@@ -34,6 +34,7 @@ class Prompt:
     room: int = -1
     priority: int = 0
     salt: str = ""
+    choices: int = 1
 
 
 #: Alternatives at one position: (token ids, logprobs), most likely first.
@@ -96,12 +97,14 @@ class Choice:
         "last_at",
         "logprobs",
         "matched",
+        "place",
         "queued",
     )
 
     def __init__(self, generation: Generation, index: int, detokenizer: Detokenizer) -> None:
         prompt = generation.prompt
         self.generation, self.index = generation, index
+        self.place = generation.index * prompt.choices + index  # among all outputs of the exchange
         self.count = 0
         self.ids: list[int] = []
         self.logprobs = Logprobs()

@@ -102,9 +102,13 @@ class OpenAIPlan(abc.ABC):
     def whole_choice(self, text: str) -> dict[str, Any]:
         """The member that holds an unstreamed choice's text."""
 
+    def answers(self, exchange: Exchange) -> list[Choice]:
+        """The choices that an unstreamed answer shows, in the order of their indices."""
+        return exchange.choices()
+
     def whole(self, exchange: Exchange) -> Any:
         choices = []
-        for index, choice in enumerate(exchange.choices()):
+        for index, choice in enumerate(self.answers(exchange)):
             assert choice.finish is not None
             choices.append(
                 {
@@ -134,7 +138,7 @@ class OpenAIPlan(abc.ABC):
             text = choice.take_text()
             if choice.finish is None and not text:
                 continue
-            index = choice.generation.index
+            index = choice.place
             if plain and choice.finish is None:
                 chunks.append(self._template.text(index, text))
             else:
