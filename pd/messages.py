@@ -96,8 +96,11 @@ class Submit(Message):
 
 
 class Abort(Message):
+    """`choice` -1 ends every choice of the request."""
+
     key: int
     reason: str = "cancelled by the client"
+    choice: int = -1
 
 
 class Ask(Message):

@@ -11,6 +11,10 @@ import msgspec
 RequestKey = NewType("RequestKey", int)
 
 
+#: Most choices (`n`) of one prompt.
+MAX_CHOICES = 128
+
+
 class Role(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"

@@ -205,10 +205,8 @@ class ChatPlan(OpenAIPlan):
 
     def opening(self, exchange: Exchange) -> bytes:
         role = b'"delta":{"role":"assistant","content":""}'
-        indices = range(len(exchange.generations))
-        return b"".join(
-            [self._template.chunk(index, member=role, outer=self.outer_members(exchange)) for index in indices]
-        )
+        outer = self.outer_members(exchange)
+        return b"".join([self._template.chunk(choice.place, member=role, outer=outer) for choice in exchange.choices()])
 
 
 async def plan_chat(context: Context, http: Http, request: ChatRequest, rid: str) -> ChatPlan:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from pd.api.context import Context, PromptBuilder, named_prefills
-from pd.api.exchange import Choice, Prompt
+from pd.api.exchange import Choice, Exchange, Prompt
 from pd.api.http import Http
 from pd.api.logprobs import CompletionLogprobs
 from pd.api.openai import (
@@ -18,7 +22,9 @@ from pd.api.openai import (
     resolve_wishes,
     truncated,
 )
+from pd.api.params import Wishes
 from pd.errors import RequestError
+from pd.types import MAX_CHOICES
 
 #: OpenAI's (and SGLang's and vLLM's) default of /v1/completions.
 COMPLETION_TOKENS = 16
@@ -28,7 +34,7 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
-    best_of: Any = None
+    best_of: int | None = None
     suffix: Any = None
     prompt_embeds: Any = None
 
@@ -41,9 +47,16 @@ class CompletionPlan(OpenAIPlan):
     empty = b'"text":""'
 
     def __init__(
-        self, context: Context, request: CompletionRequest, rid: str, prompts: list[Prompt], echoes: Sequence[str]
+        self,
+        context: Context,
+        request: CompletionRequest,
+        rid: str,
+        prompts: list[Prompt],
+        n: int,
+        echoes: Sequence[str],
     ) -> None:
         super().__init__(context, request, f"cmpl-{rid}", prompts)
+        self._n = n
         self._top = request.logprobs
         self._echoes = echoes
         self._echoed: set[Choice] = set()
@@ -67,6 +80,10 @@ class CompletionPlan(OpenAIPlan):
             if self._echoes and generation.prompt_logprobs is not None:
                 form.add_prompt(generation.prompt.tokens, generation.prompt_logprobs, self._echoes[generation.index])
         return form.format(choice.ids, choice.logprobs, begin)
+
+    def answers(self, exchange: Exchange) -> list[Choice]:
+        """With `best_of` the best `n` candidates of each prompt, best first."""
+        return [choice for generation in exchange.generations for choice in best(generation.choices, self._n)]
 
     def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -94,6 +111,7 @@ async def plan_completion(context: Context, http: Http, request: CompletionReque
     if request.echo and top is not None:
         start, tops = 0, max(tops, top)
     builder = PromptBuilder(context, request, named_prefills(http), rid)
+    n, wishes = wishes.n, _with_candidates(request, wishes)
     built = [
         builder.build(
             tokens,
@@ -107,7 +125,36 @@ async def plan_completion(context: Context, http: Http, request: CompletionReque
         )
         for i, tokens in enumerate(prompts)
     ]
-    return CompletionPlan(context, request, rid, built, _echoes(context, request, prompts) if request.echo else ())
+    echoes = _echoes(context, request, prompts) if request.echo else ()
+    return CompletionPlan(context, request, rid, built, n, echoes)
+
+
+def _with_candidates(request: CompletionRequest, wishes: Wishes) -> Wishes:
+    """`best_of` outputs instead of `n`, with the logprobs that rank them."""
+    wanted = request.best_of
+    if wanted is None or wanted == wishes.n:
+        return wishes
+    if not wishes.n <= wanted <= MAX_CHOICES:
+        message = f"best_of must be between n ({wishes.n}) and {MAX_CHOICES}, got {wanted}"
+        raise RequestError(message, param="best_of")
+    if request.stream:
+        raise RequestError("best_of above n cannot be streamed: which are best is known at the end", param="best_of")
+    return replace(wishes, n=wanted, sampling=msgspec.structs.replace(wishes.sampling, logprobs=True))
+
+
+def best(candidates: list[Choice], n: int) -> list[Choice]:
+    """The `n` with the highest mean logprob per token (as OpenAI defines it), best first; of equals the first drawn.
+
+    The model's own logprobs count: those of its raw logits, whatever temperature, penalties or masks drew the tokens.
+    """
+    if n >= len(candidates):
+        return candidates
+    return sorted(candidates, key=_score, reverse=True)[:n]
+
+
+def _score(choice: Choice) -> float:
+    chosen = choice.logprobs.chosen
+    return sum(chosen) / len(chosen) if chosen else -math.inf
 
 
 def _echoes(context: Context, request: CompletionRequest, prompts: list[list[int]]) -> list[str]:

@@ -192,6 +192,11 @@ class PromptBuilder:
             raise RequestError(f"{field} must not be empty", param=field)
         if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
             raise RequestError(f"{field} must be token ids from 0 to {limits.vocab_size - 1}", param=field)
+        most = self.context.limits.prompts
+        if count * wishes.n > most:
+            raise RequestError(
+                f"n times the number of prompts must be at most {most}, got {wishes.n} x {count}", param="n"
+            )
         max_tokens = self._max_tokens(len(tokens), wishes, field, default_max_tokens)
         room = _room(self.fields, index, count)
         prefills = self.prefills
@@ -219,6 +224,7 @@ class PromptBuilder:
             salt=self.fields.cache_salt or self.fields.extra_key or "",
             shown_tokens=shown_tokens,
             score_only=score_only,
+            choices=wishes.n,
         )
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:

@@ -75,7 +75,9 @@ class Engine:
         self._keys = itertools.count((worker << _WORKER_SHIFT) + 1)
         self._tokens = itertools.count(1)
         self._generations: dict[int, Generation] = {}
-        self._unsent: dict[int, Abort] = {}  # what a full channel did not take; at most one per submitted generation
+        self._unsent: dict[
+            tuple[int, int], Abort
+        ] = {}  # what a full channel did not take; at most one per choice and one for all
         self._exchanges: set[Exchange] = set()
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
@@ -151,6 +153,7 @@ class Engine:
                 rid=prompt.rid,
                 tokens_i32=array.array("i", prompt.tokens).tobytes(),
                 sampling=prompt.sampling,
+                choices=prompt.choices,
                 logprob_start=prompt.logprob_start,
                 prompt_top_logprobs=prompt.prompt_top_logprobs,
                 prefills=prompt.prefills,
@@ -163,9 +166,9 @@ class Engine:
             )
         )
         exchange.generations.append(generation)
-        generation.choices.append(Choice(generation, 0, self._detokenizer(prompt)))
-        generation.open += 1
-        exchange.open += 1
+        generation.choices = [Choice(generation, i, self._detokenizer(prompt)) for i in range(prompt.choices)]
+        generation.open += prompt.choices
+        exchange.open += prompt.choices
         self._generations[generation.key] = generation
 
     def abort(self, exchange: Exchange, reason: str) -> None:
@@ -177,7 +180,10 @@ class Engine:
     def _abort_generation(self, generation: Generation, reason: str) -> None:
         if self._generations.pop(generation.key, None) is None or self._lost:
             return
-        self._unsent[generation.key] = Abort(key=generation.key, reason=reason)
+        self._send_abort(Abort(key=generation.key, reason=reason))
+
+    def _send_abort(self, abort: Abort) -> None:
+        self._unsent[abort.key, abort.choice] = abort
         self._send_aborts()
 
     def _send_aborts(self) -> None:
@@ -308,7 +314,7 @@ class Engine:
             self._rows(message, touched, now)
         for finished in message.finished:
             generation = self._generations.get(finished.key)
-            if generation is not None and finished.choice < len(generation.choices):
+            if generation is not None:
                 self._finish(generation.choices[finished.choice], finished.finish, touched, now)
         for exchange in touched:
             if exchange.stream or exchange.over:
@@ -356,7 +362,8 @@ class Engine:
         if finish.reason is FinishReason.ERROR or (finish.reason is FinishReason.ABORT and finish.status >= 400):
             status = finish.status if finish.status >= 400 else 500
             kind = "server_error" if status >= 500 else "invalid_request_error"
-            self._generations.pop(choice.generation.key, None)
+            if choice.generation.open == 1:  # else its other choices are still to be aborted
+                self._generations.pop(choice.generation.key, None)
             self._fail(exchange, RequestError(finish.message or "the request failed", status=status, kind=kind))
             return
         choice.close(finish)
@@ -374,6 +381,8 @@ class Engine:
                 self._abort_generation(generation, abort)
             else:
                 self._generations.pop(generation.key, None)
+        elif abort and not self._lost:
+            self._send_abort(Abort(key=generation.key, reason=abort, choice=choice.index))
         if generation.exchange.open == 0:
             generation.exchange.finished_at = now
             self._exchanges.discard(generation.exchange)

@@ -38,6 +38,7 @@ class Prompt:
     shown_tokens: frozenset[int] = frozenset()  # special tokens that are text although others are skipped
     score_only: bool = False  # nothing of the output is shown
     probe: bool = False  # a health check
+    choices: int = 1
 
 
 #: Alternatives at one position: (token ids, logprobs), most likely first.
@@ -101,12 +102,14 @@ class Choice:
         "last_at",
         "logprobs",
         "matched",
+        "place",
         "queued",
     )
 
     def __init__(self, generation: Generation, index: int, detokenizer: Detokenizer) -> None:
         prompt = generation.prompt
         self.generation, self.index = generation, index
+        self.place = generation.index * prompt.choices + index  # among all outputs of the exchange
         self.count = 0
         self.ids: list[int] = []
         self.logprobs = Logprobs()

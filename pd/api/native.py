@@ -63,7 +63,7 @@ class GeneratePlan:
         self.stream = bool(request.stream)
         self.prompts = prompts
         self._context = context
-        self._batch = batch
+        self._batch = batch or prompts[0].choices > 1
         self._wants_logprobs = logprobs
         self._format = NativeLogprobs(context.tokenizer, bool(request.return_text_in_logprobs))
         self._texts: dict[Choice, str] = {}
@@ -81,7 +81,7 @@ class GeneratePlan:
         for choice in exchange.take_ready():
             answer = self._answer(exchange, choice)
             if self._batch:
-                answer["index"] = choice.generation.index
+                answer["index"] = choice.place
             events.append(event(answer))
         return b"".join(events)
 
@@ -93,8 +93,9 @@ class GeneratePlan:
         if self.stream:
             self._texts[choice] = text
         generation = choice.generation
+        rid = generation.prompt.rid
         meta: dict[str, Any] = {
-            "id": generation.prompt.rid,
+            "id": rid if generation.prompt.choices == 1 else f"{rid}-{choice.index}",
             "finish_reason": _finish_reason(choice),
             "prompt_tokens": len(generation.prompt.tokens),
             "completion_tokens": choice.count,
@@ -173,6 +174,8 @@ async def plan_generate(context: Context, http: Http, request: GenerateRequest, 
                 prompt_top_logprobs=item.top if start >= 0 else 0,
             )
         )
+    if len({prompt.choices for prompt in built}) > 1:
+        raise RequestError("sampling_params.n must be the same for every prompt", param="sampling_params.n")
     return GeneratePlan(context, request, built, batch, logprobs)
 
 

@@ -141,9 +141,13 @@ class OpenAIPlan(abc.ABC):
             return None
         return prompt_logprobs(self._context.tokenizer, generation.prompt.tokens, found, self._prompt_logprobs or 0)
 
+    def answers(self, exchange: Exchange) -> list[Choice]:
+        """The choices that an unstreamed answer shows, in the order of their indices."""
+        return exchange.choices()
+
     def whole(self, exchange: Exchange) -> Any:
         choices = []
-        for index, choice in enumerate(exchange.choices()):
+        for index, choice in enumerate(self.answers(exchange)):
             choices.append(
                 {
                     "index": index,
@@ -174,7 +178,7 @@ class OpenAIPlan(abc.ABC):
             text = self.text(choice)
             if choice.finish is None and not text:
                 continue
-            index = choice.generation.index
+            index = choice.place
             if self.takes_apart:
                 chunks += self._apart(exchange, choice, index, self.members(choice, text))
             elif plain and choice.finish is None:

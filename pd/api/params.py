@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from pd.errors import ModelError, RequestError
-from pd.types import SamplingParams
+from pd.types import MAX_CHOICES, SamplingParams
 
 #: OpenAI's bound on stop strings, and pd's own where the API has none.
 MAX_STOPS_OPENAI = 4
@@ -63,7 +63,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structural_tag": ("",),
     "stop_regex": ("", []),
     "custom_params": ({},),
-    "best_of": (1,),
     "suffix": ("",),
     "use_beam_search": (False,),
     "prompt_embeds": (),
@@ -175,6 +174,7 @@ class Wishes:
     max_tokens: int | None
     max_tokens_name: str
     seeded: bool = False
+    n: int = 1  # outputs per prompt
 
 
 def mint_seed() -> int:
@@ -203,9 +203,7 @@ def resolve(
     refuse_unsupported(fields, prefix)
     check = _Checker(prefix)
     if fields.n is not None:
-        check.within("n", fields.n, 1, 128)
-        if fields.n > 1:
-            raise RequestError("n > 1 is not supported", param=f"{prefix}n", code="unsupported_parameter")
+        check.within("n", fields.n, 1, MAX_CHOICES)
     least = check.within(min_tokens[0], min_tokens[1], 0, 1 << 31) or 0
     most = check.within(max_tokens[0], max_tokens[1], fewest_tokens, 1 << 31)
     if most is not None and least > most:
@@ -235,6 +233,7 @@ def resolve(
         max_tokens=most if most is not None else model.defaults.max_tokens,
         max_tokens_name=max_tokens[0] if most is not None else "",
         seeded=fields.seed is not None or fields.sampling_seed is not None,
+        n=1 if fields.n is None else fields.n,
     )
 
 

@@ -62,11 +62,13 @@ class Admission:
         if head is None or self._futile(head, asked):
             return
         passed: list[Request] = []
+        slots = core.settings.scheduler.max_running_requests
         self._peers_changed, self._need = False, 0
-        while len(passed) < LOOK_PAST and core.batcher.count + asked < core.settings.scheduler.max_running_requests:
-            request = core.waiting.pop()
-            if request is None:
+        while len(passed) < LOOK_PAST:
+            request = core.waiting.peek()
+            if request is None or core.batcher.count + asked + request.slots > slots:
                 break
+            core.waiting.pop()
             verdict = self._start(request, now, asked)
             if verdict is Verdict.NO_MEMORY:
                 passed.append(request)
@@ -110,9 +112,8 @@ class Admission:
         lacks = core.batcher.pages(request.known) - len(request.blocks)
         if endpoint is None or request.state is State.GONE:
             verdict = Verdict.GONE if request.state is State.GONE else Verdict.NO_PEER
-        elif not core.batcher.room_for(lacks, asked):
-            reserve = core.settings.scheduler.reserve_blocks * (core.batcher.count + asked + 1)
-            self._need = min(lacks + reserve, core.pool.total)
+        elif core.pool.available < (need := core.batcher.needs(request, lacks, asked)):
+            self._need = need
             verdict = Verdict.NO_MEMORY
         elif endpoint == "":
             verdict = self._start_local(request, lacks, cached)

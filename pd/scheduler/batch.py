@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pd.errors import ProtocolError
-from pd.messages import Admit, Push, StepDone, StepOrder
+from pd.messages import Admit, CopyBlock, Push, StepDone, StepOrder
 from pd.scheduler.blocks import BlockPool
 from pd.scheduler.handoff_base import to_i32
 from pd.scheduler.prefix import PrefixCache
@@ -84,11 +84,14 @@ class Batcher:
     inflight: deque[InFlight] = field(default_factory=deque)
     prefilling: list[Request] = field(default_factory=list)
     retractions: int = 0
+    count: int = 0  # running slots taken: requests inside the runner, and choices to come of prompts inside it
 
     def __post_init__(self) -> None:
         self._running: dict[int, Request] = {}  # by key: decoding, results may still be due
         self._active: list[Request] = []  # of those, the ones with samples left to order
         self._rows: _Rows | None = None  # cache of the active batch's arrays
+        self._forking: dict[int, Request] = {}  # by key: prompts of several choices whose first tokens are on the way
+        self._copies: dict[int, CopyBlock] = {}  # by key: before the next step; the source block is held until it ends
         self._admit: list[Admit] = []
         self._release: list[int] = []
 
@@ -98,15 +101,15 @@ class Batcher:
     def busy(self) -> bool:
         return bool(self.inflight or self.prefilling or self._active or self._admit)
 
-    @property
-    def count(self) -> int:
-        """Requests inside the runner."""
-        return len(self._running) + len(self.prefilling)
+    def needs(self, request: Request, blocks: int, others: int) -> int:
+        """Blocks that must be available for one more request to take `blocks` beside those that it holds.
 
-    def room_for(self, blocks: int, others: int) -> bool:
-        """Whether `blocks` may be taken for one more request, beside the growth reserve of all of them."""
-        reserve = self.limits.reserve_blocks * (self.count + others + 1)
-        return self.pool.available - blocks >= min(reserve, max(0, self.pool.total - blocks))
+        The growth reserve of all, and copies of its partial block for its choices, are to be left; if the pool is too
+        small for that it must be empty otherwise.
+        """
+        copies = request.slots - 1 if request.known % self.limits.page_size else 0
+        reserve = self.limits.reserve_blocks * (self.count + others + request.slots) + copies
+        return blocks + min(reserve, max(0, self.pool.total - len(request.blocks) - blocks))
 
     def pages(self, tokens: int) -> int:
         return -(-tokens // self.limits.page_size)
@@ -118,6 +121,7 @@ class Batcher:
 
         Ownership: `request.blocks` hold one reference each, kept until `leave`.
         """
+        self.count += request.slots
         request.ordered = request.done = computed
         request.capacity = len(request.blocks) * self.limits.page_size
         request.left = max(0, request.max_tokens - request.emitted)
@@ -140,6 +144,14 @@ class Batcher:
         else:
             request.state = State.PREFILL
             self.prefilling.append(request)
+
+    def copy(self, request: Request, source: int, tokens: int) -> None:
+        """The first `tokens` tokens of `source` are copied into the last block of a request that has just entered.
+
+        Ownership: `source` has a reference of its own until the step that copies is done.
+        """
+        self.pool.retain((source,))
+        self._copies[request.key] = CopyBlock(source, request.blocks[-1], tokens)
 
     def _start_decoding(self, request: Request) -> None:
         request.state = State.RUNNING
@@ -167,11 +179,17 @@ class Batcher:
         elif request in self.prefilling:
             self.prefilling.remove(request)
             known_here = True
+        elif self._forking.pop(request.key, None) is not None:
+            self.count -= request.slots  # the runner is told already
         if known_here:
+            self.count -= request.slots
             before = len(self._admit)
             self._admit = [a for a in self._admit if a.key != request.key]
             if len(self._admit) == before:  # the runner has heard of it
                 self._release.append(request.key)
+            copy = self._copies.pop(request.key, None)
+            if copy is not None:
+                self._let_go([copy.src])
 
     def give_blocks(self, request: Request) -> None:
         """Enter what is computed and accepted into the prefix cache, then let go of every block.
@@ -186,6 +204,9 @@ class Batcher:
                 blocks.append(request.extras[page])
         request.extras, request.blocks = {}, []
         request.inserted = request.capacity = 0
+        self._let_go(blocks)
+
+    def _let_go(self, blocks: list[int]) -> None:
         if self.inflight:
             self.pool.release_after(self.step, blocks)
         else:
@@ -225,6 +246,10 @@ class Batcher:
             order.grow_blocks_i32 = to_i32([block for _, block in grow])
         if chunks:
             self._add_chunks(order, chunks)
+        if self._copies:
+            order.copies = list(self._copies.values())
+            self._copies = {}
+            self.pool.release_after(self.step, [copy.src for copy in order.copies])
         self.inflight.append(InFlight(self.step, now, rows, epochs, chunks))
         return order
 
@@ -327,6 +352,10 @@ class Batcher:
         if request.remote is not None:
             self._release.append(request.key)  # applied by the next order, after this step
             request.state = State.PUSHING
+            self.count -= 1
+        elif request.choices > 1:
+            self._release.append(request.key)  # its choices enter as requests of their own
+            self._forking[request.key] = request
         else:
             request.left = request.max_tokens - request.emitted - 1
             self._start_decoding(request)

@@ -16,7 +16,7 @@ from pd.scheduler.blocks import BlockPool
 from pd.scheduler.grammars import GrammarGate
 from pd.scheduler.outputs import Outputs
 from pd.scheduler.prefix import PrefixCache
-from pd.scheduler.request import Request, State, WaitingQueue
+from pd.scheduler.request import Family, Request, State, WaitingQueue
 from pd.types import FinishReason, Role
 
 #: Keys of requests that a prefill instance computes for others lie above every api worker's.
@@ -96,6 +96,7 @@ class Core:
         self.waiting = WaitingQueue()
         self.grammars = GrammarGate(out)
         self.requests: dict[int, Request] = {}
+        self.families: dict[int, Family] = {}  # by the api's key: requests with several choices
         self.workers: dict[int, int] = {}  # api worker -> its requests
         self.outputs = Outputs()
         self.ended = self._no_room  # told of the end of a client's request that has a room
@@ -141,8 +142,10 @@ class Core:
         return None
 
     def add(self, request: Request, now: float) -> None:
-        self._age += 1
-        request.age = self._age
+        request.age = self._age + 1
+        self._age += request.slots  # each choice has an age of its own
+        if request.slots > 1:
+            request.family = self.families[request.key] = Family(request)
         self.adopt(request, now)
         if self.grammars.passes(request):
             self.waiting.push(request)
@@ -171,6 +174,14 @@ class Core:
             self.workers[request.worker] -= 1
             if not self.workers[request.worker]:
                 del self.workers[request.worker]
+        family = request.family
+        if family is not None:
+            if request is family.prompt:
+                family.prompt = None
+            else:
+                family.members.pop(request.choice, None)
+            if family.prompt is None and not family.members:
+                self.families.pop(request.client_key, None)
 
     def watch(self, request: Request) -> None:
         if request.expires < float("inf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pd.messages import Answered, Expect, Finish, FirstChoice, FirstToken, Submit
+from pd.scheduler import choices
 from pd.scheduler.core import Core
 from pd.scheduler.handoff import (
     AskSpec,
@@ -19,7 +20,7 @@ from pd.scheduler.rooms import label_of
 
 
 class DecodeSide:
-    """Glue between the hand-off machine and the queue. `asked` counts requests with an attempt under way."""
+    """Glue between the hand-off machine and the queue. `asked` counts the running slots of attempts under way."""
 
     def __init__(self, core: Core, handoffs: DecodeHandoffs) -> None:
         self.core, self.handoffs = core, handoffs
@@ -61,7 +62,7 @@ class DecodeSide:
         )
         request.handoff = self.handoffs.ask(now, request.key, endpoint, spec, grant)
         request.state = State.ASKED
-        self.asked += 1
+        self.asked += request.slots
         return True
 
     def heard(self, request: Request) -> None:
@@ -77,7 +78,7 @@ class DecodeSide:
 
     def _detach(self, request: Request) -> None:
         request.handoff = None
-        self.asked -= 1
+        self.asked -= request.slots
 
     def notice(self, now: float, notice: object) -> tuple[Request, FirstToken] | None:
         """Apply a notice. A first token is returned to the caller, which knows what tokens mean."""
@@ -106,10 +107,14 @@ class DecodeSide:
         pages_before = len(request.blocks)
         request.blocks += notice.blocks
         core.stats.cached += pages_before * core.page_size
-        core.stats.landed += request.known - 1 - pages_before * core.page_size
-        core.batcher.enter(request, request.known - 1)
-        request.done = ALL_BUT_LAST
-        core.batcher.cache(request, request.known - 1)
+        computed = request.known - 1 if request.choices == 1 else request.known
+        core.stats.landed += computed - pages_before * core.page_size
+        if request.choices > 1:
+            choices.share_out(core, request)
+        else:
+            core.batcher.enter(request, computed)
+            request.done = ALL_BUT_LAST
+            core.batcher.cache(request, computed)
         core.out.append(
             handoff_log("handoff_landed", request.rid, notice.id, blocks=len(notice.blocks), bytes=notice.nbytes)
         )
@@ -122,9 +127,11 @@ class DecodeSide:
         self.core.out.append(handoff_log("handoff_failed", request.rid, notice.id, "warning", **fields))
         if not notice.retryable:
             status = 504 if "deadline" in notice.reason else 499 if notice.reason == LEG_DROPPED else 500
-            self.core.fail(request, f"prefill failed: {notice.reason}", status)
-            return
-        self._again(request)
+            choices.fail(self.core, request, f"prefill failed: {notice.reason}", status)
+        elif request.choices > 1 and request.started:
+            choices.scatter(self.core, request)
+        else:
+            self._again(request)
 
     def _returned(self, request: Request, notice: GrantReturned) -> None:
         """Refused everywhere for now. Only a prefill that can never take the request is not asked again; busy and

@@ -16,9 +16,12 @@ class RequestSubmitted:
 
 @dataclass(frozen=True, slots=True)
 class AbortRequested:
+    """`choice` -1: all of them."""
+
     now: float
     key: int
     reason: str
+    choice: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class Operator:
                 _retract_all(core)
         elif isinstance(command, Continue):
             self._set(False)
-        data: dict[str, object] = {"aborted": len(ended), "paused": self.paused}
+        data: dict[str, object] = {"aborted": len({request.client_key for request in ended}), "paused": self.paused}
         self._out.append(Reply(event.worker, Answer(command.token, data)))
 
     def drain(self) -> None:
@@ -79,9 +79,11 @@ def _meant(core: Core, command: Command) -> list[Request]:
 
 
 def _is_called(name: str, rid: str) -> bool:
-    """ID-7 is a prompt of ID."""
-    stem, _, number = name.rpartition("-")
-    return name == rid or (stem == rid and number.isdecimal())
+    """ID-7 is a prompt of ID or a choice of its only prompt, ID-7-1 a choice of a prompt."""
+    if name == rid:
+        return True
+    numbers = name.removeprefix(f"{rid}-").split("-") if name.startswith(f"{rid}-") else []
+    return 1 <= len(numbers) <= 2 and all(number.isdecimal() for number in numbers)
 
 
 def _retract_all(core: Core) -> None:

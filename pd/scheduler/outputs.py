@@ -14,6 +14,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.keys: list[int] = []
+        self.choices = bytearray()
         self.counts = bytearray()
         self.tokens = bytearray()
         self.logprobs: list[LogprobRow] = []
@@ -22,16 +23,20 @@ class _Rows:
 
     def message(self, raw: StepOutputs | None) -> StepOutputs:
         keys = np.array(self.keys, dtype="<i8").tobytes()
+        choices = bytes(self.choices) if any(self.choices) else b""
         if raw is None:
             return StepOutputs(
                 keys,
                 bytes(self.counts),
                 bytes(self.tokens),
+                choices,
                 logprobs=self.logprobs,
                 started=self.started,
                 finished=self.finished,
             )
         offset = len(raw.counts_u8)
+        if raw.choices_u8 or choices:
+            raw.choices_u8 = (raw.choices_u8 or bytes(offset)) + bytes(self.choices)
         raw.keys_i64 += keys
         raw.counts_u8 += bytes(self.counts)
         raw.tokens_i32 += bytes(self.tokens)
@@ -53,26 +58,32 @@ class Outputs:
             rows = self._rows[worker] = _Rows()
         return rows
 
-    def forward(self, worker: int, keys: bytes, counts: bytes, tokens: bytes, logprobs: list[LogprobRow]) -> None:
+    def forward(
+        self, worker: int, keys: bytes, choices: bytes, counts: bytes, tokens: bytes, logprobs: list[LogprobRow]
+    ) -> None:
         """A step whose rows all belong to one worker: the runner's arrays travel on as they came."""
-        self._raw[worker] = StepOutputs(keys, counts, tokens, logprobs=logprobs)
+        self._raw[worker] = StepOutputs(keys, counts, tokens, choices, logprobs=logprobs)
 
     def row(self, request: Request, tokens: bytes, logprobs: TokenLogprobs | None) -> None:
         rows = self._of(request.worker)
         if logprobs is not None:
             rows.logprobs.append(LogprobRow(len(rows.keys), logprobs))
-        rows.keys.append(request.key)
+        rows.keys.append(request.client_key)
+        rows.choices.append(request.choice)
         rows.counts.append(len(tokens) // 4)
         rows.tokens += tokens
 
     def started(self, request: Request) -> None:
         request.started = True
         self._of(request.worker).started.append(
-            Started(request.key, request.cached, request.prefill_name, request.merged_prompt_logprobs())
+            Started(request.client_key, request.cached, request.prefill_name, request.merged_prompt_logprobs())
         )
 
     def finished(self, request: Request, finish: Finish) -> None:
-        self._of(request.worker).finished.append(Finished(request.key, 0, finish))
+        """A prompt of several choices ends before it has any: that ends them all."""
+        ends = self._of(request.worker).finished
+        for choice in range(request.choice, request.choice + request.choices):
+            ends.append(Finished(request.client_key, choice, finish))
 
     def flush(self, out: list[Action]) -> None:
         if not self._raw and not self._rows:

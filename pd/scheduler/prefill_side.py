@@ -186,19 +186,23 @@ class PrefillSide:
                 self._answer_leg(request, outcome)
 
     def _answer_leg(self, request: Request, result: Result) -> None:
-        """The first token is all that a leg gets. Its finish is that of the request, else length, as SGLang's is."""
+        """First tokens are all that a leg gets. Their finish is that of the request, else length, as SGLang's is."""
         core = self.core
         problem = strange_result(result, request, core.vocab_size)
         if problem:
             core.fail(request, f"the first token of its bootstrap_room does not fit the request: {problem}", 502)
             return
-        first = result.choices[0]
         request.cached = result.cached_tokens
         request.prompt_logprobs = [result.prompt_logprobs] if result.prompt_logprobs is not None else []
         core.outputs.started(request)
-        core.outputs.row(request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
-        finish = first.finish
-        core.finish(request, finish if finish and finish.reason is FinishReason.STOP else Finish(FinishReason.LENGTH))
+        request.choices = 1  # from here on it stands for one choice after the other
+        for request.choice, first in enumerate(result.choices):
+            core.outputs.row(request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
+            stopped = first.finish is not None and first.finish.reason is FinishReason.STOP
+            finish = first.finish if stopped and first.finish else Finish(FinishReason.LENGTH)
+            if first is not result.choices[-1]:
+                core.outputs.finished(request, finish)
+        core.finish(request, finish)
 
     @staticmethod
     def _outcome(message: Answered) -> Outcome:

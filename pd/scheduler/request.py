@@ -12,10 +12,15 @@ from pd.types import FinishReason, HandoffId, SamplingParams
 #: `Request.done` of a decoding request: the KV of every token but the last is computed by finished steps.
 ALL_BUT_LAST = 1 << 60
 
+#: A key is the api's own (worker << 40 | counter). A choice of several adds 1 + its index from this bit on.
+CHOICE_SHIFT = 54
+CLIENT_KEY = (1 << CHOICE_SHIFT) - 1
+
 
 class State(enum.Enum):
     WAITING = "waiting"  # queued: new, or to be replayed
     ASKED = "asked"  # a prefill instance computes it (decode side)
+    LANDING = "landing"  # one choice of several: emitted its first token, waits for the prompt's KV
     PREFILL = "prefill"  # its prompt is being computed here
     RUNNING = "running"  # decoding
     LEG = "leg"  # a foreign router's leg to a prefill instance: it waits for the hand-off of its room
@@ -23,8 +28,22 @@ class State(enum.Enum):
     GONE = "gone"
 
 
+class Family:
+    """A client's request with several choices.
+
+    First there is only the `prompt`, a request that computes what all need. Its first tokens make the `members`, one
+    request per choice, and it goes when its blocks have been shared out.
+    """
+
+    __slots__ = ("members", "prompt")
+
+    def __init__(self, prompt: Request) -> None:
+        self.prompt: Request | None = prompt
+        self.members: dict[int, Request] = {}  # living choices by index
+
+
 class Request:
-    """Mutable, owned by the scheduler alone.
+    """Mutable, owned by the scheduler alone. A client's request, one choice of it, or a prompt with several choices.
 
     `tokens` is int32 bytes: prompt, then every emitted token. `ordered` counts tokens whose KV is computed by steps
     ordered so far; it runs ahead of the tokens known here by the steps in flight. `left` counts samples that may
@@ -36,12 +55,15 @@ class Request:
         "blocks",
         "cached",
         "capacity",
+        "choice",
         "choices",
+        "client_key",
         "deadline",
         "done",
         "emitted",
         "epoch",
         "extras",
+        "family",
         "first_block",
         "handoff",
         "heard_at",
@@ -77,7 +99,10 @@ class Request:
 
     def __init__(self, key: int, rid: str, tokens: bytes, prompt_len: int, sampling: SamplingParams) -> None:
         self.key, self.rid, self.prompt_len, self.sampling = key, rid, prompt_len, sampling
-        self.worker = key >> 40
+        self.client_key = key & CLIENT_KEY
+        self.worker = self.client_key >> 40
+        self.choice = sampling.choice
+        self.family: Family | None = None
         self.tokens = bytearray(tokens)
         self.state = State.WAITING
         self.epoch = 0
@@ -92,7 +117,7 @@ class Request:
         self.extras: dict[int, int] = {}  # page -> equal block of the prefix tree, held besides our own
         self.inserted = 0
         self.cached = 0
-        self.choices = 1
+        self.choices = 1  # to be sampled with the first token
         self.logprob_start = -1
         self.prompt_top_logprobs = 0
         self.prompt_logprobs: list[PromptLogprobs] = []
@@ -119,6 +144,11 @@ class Request:
     def known(self) -> int:
         """Tokens known here: prompt and emitted."""
         return len(self.tokens) // 4
+
+    @property
+    def slots(self) -> int:
+        """Running slots that it takes or will take here."""
+        return self.choices if self.remote is None else 1
 
     @property
     def expires(self) -> float:

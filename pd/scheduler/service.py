@@ -203,8 +203,8 @@ class Service:
             match message:
                 case m.Submit():
                     self.apply(ev.RequestSubmitted(now, message))
-                case m.Abort(key, reason):
-                    self.apply(ev.AbortRequested(now, key, reason))
+                case m.Abort(key, reason, choice):
+                    self.apply(ev.AbortRequested(now, key, reason, choice))
                 case m.Ask():
                     self.apply(ev.Asked(now, worker, message))
                 case m.AbortMatching() | m.Pause() | m.Continue():

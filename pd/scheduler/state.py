@@ -19,13 +19,14 @@ from pd.scheduler import failures, report
 from pd.scheduler.actions import Action, Exit, Reply, RunStep, Transfer
 from pd.scheduler.admission import Admission
 from pd.scheduler.batch import Chunk, InFlight
+from pd.scheduler.choices import Choices, name_rows, of_each
 from pd.scheduler.core import Core, SchedulerSettings
 from pd.scheduler.decode_side import DecodeSide
 from pd.scheduler.operate import Operator
 from pd.scheduler.prefill_side import PrefillSide, split_digests
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 from pd.scheduler.transfer_watch import TransferWatch
-from pd.types import FinishReason, InstanceState, Role
+from pd.types import MAX_CHOICES, FinishReason, InstanceState, Role
 
 #: A tick that is late by more, seconds, judges nobody: the runner may have answered while this process stood still.
 LATE_TICK = 1.0
@@ -42,6 +43,7 @@ class Scheduler:
         self.decode: DecodeSide | None = None
         self.prefill: PrefillSide | None = None
         self.admission: Admission | None = None
+        self.choices: Choices | None = None
         self._reporter: report.Reporter | None = None
         self._watch: TransferWatch | None = None
         self._drain_by = float("inf")
@@ -103,6 +105,7 @@ class Scheduler:
         core = self.core = Core(self.settings, event.ready, self.out)
         self.decode, self.prefill = report.make_sides(core, event.ready)
         self.admission = Admission(core, self.decode, self.prefill)
+        self.choices = Choices(core, self.decode)
         self._reporter = report.Reporter(core, self.decode, self.prefill)
         self.operator.attach(core, self._reporter, self.admission)
         if self.settings.role is not Role.UNIFIED:
@@ -148,9 +151,7 @@ class Scheduler:
                 assert self.prefill is not None
                 self.prefill.handoffs.fail(now, request.remote, reason, retryable=True)
             else:
-                if self.decode is not None:
-                    self.decode.drop(now, request, reason)
-                core.fail(request, reason, status)
+                self._end(now, request, Finish(FinishReason.ERROR, message=reason, status=status))
         core.outputs.flush(self.out)
 
     def _exit(self, code: int, reason: str) -> None:
@@ -199,8 +200,9 @@ class Scheduler:
         """(status, message, param, code) when the request can never be served here."""
         if self.settings.role is Role.PREFILL and submit.room < 0 and not submit.probe:
             return 400, "this is a prefill instance: send requests to a decode instance or the router", None, None
-        if submit.choices != 1:
-            return 400, "n: only 1 is supported", "n", None
+        most = min(MAX_CHOICES, self.settings.scheduler.max_running_requests)
+        if not 1 <= submit.choices <= most:
+            return 400, f"n must be between 1 and {most} here, got {submit.choices}", "n", None
         if tokens < 1:
             return 400, "the prompt is empty", "prompt", None
         strange = core.strange_token(submit.tokens_i32)
@@ -226,9 +228,9 @@ class Scheduler:
             self.decode.refused(submit, status, message)
 
     def _abort(self, event: ev.AbortRequested) -> None:
-        request = self.core.requests.get(event.key) if self.core is not None else None
-        if request is not None:
-            self._end(event.now, request, Finish(FinishReason.ABORT, message=event.reason, status=499))
+        if self.choices is not None:
+            finish = Finish(FinishReason.ABORT, message=event.reason, status=499)
+            self.choices.abort(event.now, event.key, event.choice, finish)
 
     def _api_lost(self, event: ev.ApiLost) -> None:
         if self.core is not None:
@@ -236,11 +238,9 @@ class Scheduler:
                 self._end(event.now, request, Finish(FinishReason.ABORT, message="the api worker died", status=499))
 
     def _end(self, now: float, request: Request, finish: Finish) -> None:
-        """A client's request ends for a reason outside of its tokens."""
-        assert self.core is not None
-        if self.decode is not None:
-            self.decode.drop(now, request, finish.message or finish.reason.value)
-        self.core.finish(request, finish)
+        """A client's request ends, with all of its choices, for a reason outside of its tokens."""
+        assert self.choices is not None
+        self.choices.end_all(now, request, finish)
 
     def _asked(self, event: ev.Asked) -> None:
         if self._reporter is None:
@@ -297,7 +297,10 @@ class Scheduler:
             rows = [row for row in rows if row.index < count]
         if not late and len(core.workers) == 1:
             worker = flight.decode[0].worker
-            core.outputs.forward(worker, done.keys_i64[: 8 * count], done.counts_u8[:count], raw[: 4 * count], rows)
+            keys, choices = done.keys_i64[: 8 * count], b""
+            if core.families:
+                keys, choices = name_rows(keys)
+            core.outputs.forward(worker, keys, choices, done.counts_u8[:count], raw[: 4 * count], rows)
         else:
             self._rows_one_by_one(flight, raw, rows)
             core.stats.late_tokens += late
@@ -332,8 +335,7 @@ class Scheduler:
             if request.remote is not None:
                 assert self.prefill is not None
                 tokens = np.frombuffer(raw, dtype="<i4").tolist()
-                rows: list[TokenLogprobs | None] = [logprobs.get(chunk.row)] * size
-                self.prefill.chunk_done(now, chunk, digests, tokens, rows)
+                self.prefill.chunk_done(now, chunk, digests, tokens, of_each(logprobs.get(chunk.row), size))
             else:
                 self._local_chunk_done(now, chunk, raw, logprobs.get(chunk.row))
 
@@ -344,7 +346,12 @@ class Scheduler:
         core.batcher.cache(request, chunk.end)
         if chunk.last:
             request.done = ALL_BUT_LAST
-            self._first(now, request, raw, logprobs)
+            if request.choices > 1:
+                assert self.choices is not None
+                tokens = np.frombuffer(raw, dtype="<i4").tolist()
+                self.choices.first(now, request, tokens, of_each(logprobs, len(tokens)))
+            else:
+                self._first(now, request, raw, logprobs)
 
     def _first(self, now: float, request: Request, raw: bytes, logprobs: TokenLogprobs | None) -> Finish | None:
         """The first token of this attempt, wherever it was sampled. An emitted token is a fact."""
@@ -370,13 +377,17 @@ class Scheduler:
     # --- peers ---
 
     def _first_token(self, now: float, request: Request, message: FirstToken) -> None:
-        first = message.choices[0]
+        assert self.decode is not None and self.choices is not None
         if not request.started:
             request.cached = message.cached_tokens
             if message.prompt_logprobs is not None:
                 request.prompt_logprobs = [message.prompt_logprobs]
-        self._first(now, request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
-        assert self.decode is not None
+        if request.choices > 1:
+            choices = message.choices
+            self.choices.first(now, request, [c.token for c in choices], [c.logprobs for c in choices])
+        else:
+            first = message.choices[0]
+            self._first(now, request, first.token.to_bytes(4, "little", signed=True), first.logprobs)
         self.decode.heard(request)
 
     def _notices(self, now: float) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from pd.errors import PdError
-from pd.messages import Admit, FailedRow, StepDone, StepOrder
+from pd.messages import Admit, FailedRow, LogprobRow, StepDone, StepOrder, TokenLogprobs, TopLogprobs
 from pd.types import SamplingParams
 
 
@@ -23,9 +24,19 @@ class Corruption(PdError):
 
 
 def default_next_token(tokens: npt.NDArray[np.int32], sampling: SamplingParams) -> int:
-    """A deterministic stand-in for a model: depends on every token before, and on the seed."""
+    """A deterministic stand-in for a model: depends on every token before, on the seed and on the choice."""
     weights = np.arange(1, len(tokens) + 1, dtype=np.int64)
-    return int((int((tokens * weights).sum()) * 2654435761 + sampling.seed * 40503) % 50_000) + 100
+    drawn = sampling.seed * 40503 + sampling.choice * 7919
+    return int((int((tokens * weights).sum()) * 2654435761 + drawn) % 50_000) + 100
+
+
+def token_logprobs(tokens: list[int], sampling: SamplingParams) -> TokenLogprobs:
+    """Made up, but of each token: itself, with a minus; its successors as alternatives; its distance to wanted ids."""
+    width = sampling.top_logprobs
+    ids = [token + 1 + rank for token in tokens for rank in range(width)]
+    wanted = [token - other for token in tokens for other in sampling.token_ids_logprob]
+    tops = TopLogprobs(width, np.array(ids, "<i4").tobytes(), (-np.array(ids, "<f4")).tobytes()) if width else None
+    return TokenLogprobs((-np.array(tokens, "<f4")).tobytes(), tops, np.array(wanted, "<f4").tobytes())
 
 
 @dataclass
@@ -35,6 +46,7 @@ class _Row:
     blocks: list[int]
     sampling: SamplingParams
     epoch: int
+    choices: int  # to be sampled next; 1 after the first
 
 
 @dataclass
@@ -62,12 +74,14 @@ class FakeRunner:
             self.requests.pop(key, None)
         for admit in order.admit:
             self._admit(admit)
+        for copy in order.copies:
+            self.memory[copy.dst, : copy.tokens] = self.memory[copy.src, : copy.tokens]
         grow_keys = np.frombuffer(order.grow_keys_i64, "<i8").tolist()
         for key, block in zip(grow_keys, np.frombuffer(order.grow_blocks_i32, "<i4").tolist(), strict=True):
             self.requests[key].blocks.append(block)
         keys = np.frombuffer(order.rows_i64, "<i8").tolist()
         counts = np.frombuffer(order.counts_i32, "<i4").tolist()
-        epochs, produced, tokens = [], bytearray(), []
+        epochs, produced, tokens, logprobs = [], bytearray(), [], []
         failed = []
         for index, (key, count, sample) in enumerate(zip(keys, counts, order.sample_u8, strict=True)):
             row = self.requests[key]
@@ -75,12 +89,11 @@ class FakeRunner:
                 failed.append(FailedRow(index, "no token fits"))
             epochs.append(row.epoch)
             self._compute(key, row, count)
-            if sample:
-                token = self._sample(key, row)
-                tokens.append(token)
-                produced.append(1)
-            else:
-                produced.append(0)
+            some = self._sample(key, row) if sample else []
+            if some and row.sampling.logprobs:
+                logprobs.append(LogprobRow(len(produced), token_logprobs(some, row.sampling)))
+            tokens += some
+            produced.append(len(some))
         return StepDone(
             order.step,
             0,
@@ -88,6 +101,7 @@ class FakeRunner:
             np.array(epochs, "<i4").tobytes(),
             bytes(produced),
             np.array(tokens, "<i4").tobytes(),
+            logprobs,
             digests_u64=self._digests(order),
             failed=failed,
         )
@@ -95,7 +109,7 @@ class FakeRunner:
     def _admit(self, admit: Admit) -> None:
         tokens = np.frombuffer(admit.tokens_i32, "<i4").tolist()
         blocks = np.frombuffer(admit.blocks_i32, "<i4").tolist()
-        self.requests[admit.key] = _Row(tokens, admit.computed, blocks, admit.sampling, admit.epoch)
+        self.requests[admit.key] = _Row(tokens, admit.computed, blocks, admit.sampling, admit.epoch, admit.choices)
 
     def _compute(self, key: int, row: _Row, count: int) -> None:
         if row.computed + count > len(row.tokens):
@@ -106,7 +120,7 @@ class FakeRunner:
             self.memory[block, position % self.page_size] = row.tokens[position] | position << 32
         row.computed += count
 
-    def _sample(self, key: int, row: _Row) -> int:
+    def _sample(self, key: int, row: _Row) -> list[int]:
         if row.computed != len(row.tokens):
             raise Corruption(f"request {key}: sampled at {row.computed} of {len(row.tokens)} tokens")
         tokens = np.array(row.tokens, dtype=np.int64)
@@ -115,9 +129,14 @@ class FakeRunner:
         if not np.array_equal(held, expected[: len(held)]) or len(held) < row.computed:
             wrong = int(np.argmax(held != expected[: len(held)])) if len(held) else 0
             raise Corruption(f"request {key}: position {wrong} of {row.computed} is damaged (blocks {row.blocks})")
-        token = self.next_token(tokens.astype(np.int32), row.sampling)
-        row.tokens.append(token)
-        return token
+        first = row.sampling.choice
+        drawn = [
+            self.next_token(tokens.astype(np.int32), msgspec.structs.replace(row.sampling, choice=choice))
+            for choice in range(first, first + row.choices)
+        ]
+        row.tokens.append(drawn[0])
+        row.choices = 1
+        return drawn
 
     def _digests(self, order: StepOrder) -> bytes:
         blocks = np.frombuffer(order.complete_i32, "<i4").tolist()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from pd import messages as m
@@ -13,7 +15,7 @@ from pd.scheduler import events as ev
 from pd.scheduler.actions import Action, Log, Reply, RunStep
 from pd.scheduler.core import SchedulerSettings
 from pd.scheduler.state import Scheduler
-from pd.testing.fake_runner import FakeRunner
+from pd.testing.fake_runner import FakeRunner, reference_tokens
 from pd.types import ModelInfo, Role, SamplingParams
 
 TINY_MODEL = ModelInfo("fake", "", "Fake", 60_000, 4096, 1, 1, 1, 1, 1, "float32", (), "fake")
@@ -36,17 +38,46 @@ def runner_ready(num_blocks: int, identity: str = "instance/1/0") -> m.RunnerRea
 
 @dataclass
 class Client:
-    """What one request's client saw."""
+    """What one request's client saw; of several choices the first, `others` are the rest."""
 
     tokens: list[int] = field(default_factory=list)
     started: m.Started | None = None
     finish: m.Finish | None = None
     rejected: m.Rejected | None = None
     logprobs: list[m.TokenLogprobs] = field(default_factory=list)
+    others: list[Client] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, choices: int) -> Client:
+        return cls(others=[cls() for _ in range(choices - 1)])
+
+    @property
+    def choices(self) -> list[Client]:
+        return [self, *self.others]
+
+    def fail(self, message: str, status: int) -> None:
+        """Every choice that is not over ends with this error."""
+        for choice in self.choices:
+            if not choice.over:
+                choice.finish = m.Finish(m.FinishReason.ERROR, message=message, status=status)
+
+    def check(self, name: str, prompt: list[int], sampling: SamplingParams, count: int) -> None:
+        """Every token of every choice is the right one; one that is done has all `count` of them, or up to a stop."""
+        for index, choice in enumerate(self.choices):
+            want = reference_tokens(prompt, msgspec.structs.replace(sampling, choice=index), count)
+            assert choice.tokens == want[: len(choice.tokens)], f"choice {index} of {name}: wrong tokens"
+            if choice.finish is not None and choice.finish.reason in (m.FinishReason.STOP, m.FinishReason.LENGTH):
+                assert choice.tokens == want, f"choice {index} of {name}: {len(choice.tokens)} of {len(want)} tokens"
+
+    @property
+    def over(self) -> bool:
+        """This choice."""
+        return self.finish is not None or self.rejected is not None
 
     @property
     def ended(self) -> bool:
-        return self.finish is not None or self.rejected is not None
+        """Every choice."""
+        return self.rejected is not None or all(choice.over for choice in self.choices)
 
 
 def note_reply(clients: dict[int, Client], message: m.SchedulerToApi) -> None:
@@ -60,17 +91,19 @@ def note_reply(clients: dict[int, Client], message: m.SchedulerToApi) -> None:
         clients[started.key].started = started
     keys = np.frombuffer(message.keys_i64, "<i8").tolist()
     tokens, at = np.frombuffer(message.tokens_i32, "<i4").tolist(), 0
-    for key, count in zip(keys, message.counts_u8, strict=True):
-        client = clients[key]
-        assert not client.ended, f"request {key} got a token after its end"
-        assert client.started is not None
+    rows = [
+        clients[key].choices[choice] for key, choice in zip(keys, message.choices_u8 or bytes(len(keys)), strict=True)
+    ]
+    for key, client, count in zip(keys, rows, message.counts_u8, strict=True):
+        assert not client.over, f"request {key} got a token after its end"
+        assert clients[key].started is not None
         client.tokens += tokens[at : at + count]
         at += count
     for row in message.logprobs:
-        clients[keys[row.index]].logprobs.append(row.logprobs)
+        rows[row.index].logprobs.append(row.logprobs)
     for finished in message.finished:
-        client = clients[finished.key]
-        assert not client.ended, f"request {finished.key} ended twice"
+        client = clients[finished.key].choices[finished.choice]
+        assert not client.over, f"choice {finished.choice} of request {finished.key} ended twice"
         client.finish = finished.finish
 
 
@@ -112,13 +145,18 @@ class Instance:
         *,
         seed: int = 0,
         stop: tuple[int, ...] = (),
+        choices: int = 1,
         grammar: str = "",
-        **more: object,
+        sampling: dict[str, Any] | None = None,
+        **more: Any,
     ) -> Client:
-        sampling = SamplingParams(seed=seed, max_tokens=max_tokens, stop_token_ids=stop, grammar=grammar)
-        client = self.clients[key] = Client()
+        params = SamplingParams(
+            seed=seed, max_tokens=max_tokens, stop_token_ids=stop, grammar=grammar, **(sampling or {})
+        )
+        client = self.clients[key] = Client.of(choices)
         tokens = np.array(list(prompt), dtype="<i4").tobytes()
-        self.handle(ev.RequestSubmitted(self.now, m.Submit(key, f"r{key}", tokens, sampling, **more)))  # type: ignore[arg-type]
+        submit = m.Submit(key, f"r{key}", tokens, params, choices, **more)
+        self.handle(ev.RequestSubmitted(self.now, submit))
         return client
 
     def finish_step(self) -> list[Action]:

@@ -88,10 +88,17 @@ def _ints(code: str, values: Iterable[int]) -> bytes:
 
 
 def row(
-    key: int, tokens: list[int], *, finish: Finish | None = None, logprobs: bool = False, top: int = 0, choice: int = 0
+    key: int,
+    tokens: list[int],
+    *,
+    finish: Finish | None = None,
+    logprobs: bool = False,
+    top: int = 0,
+    choice: int = 0,
+    logprob: float = -0.5,
 ) -> StepOutputs:
-    """One request's share of one step. Logprobs, where wanted: -0.5 for each token, -1, -2, … for others."""
-    rows = [LogprobRow(0, token_logprobs(tokens, top))] if logprobs else []
+    """One choice's share of one step. Logprobs, where wanted: `logprob` for each token, -1, -2, … for others."""
+    rows = [LogprobRow(0, token_logprobs(tokens, top, logprob))] if logprobs else []
     return StepOutputs(
         keys_i64=_ints("q", [key]),
         counts_u8=bytes([len(tokens)]),
@@ -102,8 +109,8 @@ def row(
     )
 
 
-def token_logprobs(tokens: list[int], top: int) -> TokenLogprobs:
-    return TokenLogprobs(array.array("f", [-0.5] * len(tokens)).tobytes(), _tops(tokens, top))
+def token_logprobs(tokens: list[int], top: int, logprob: float = -0.5) -> TokenLogprobs:
+    return TokenLogprobs(array.array("f", [logprob] * len(tokens)).tobytes(), _tops(tokens, top))
 
 
 def prompt_logprobs(tokens: list[int], start: int, top: int) -> PromptLogprobs:
@@ -122,7 +129,11 @@ def _tops(tokens: list[int], top: int) -> TopLogprobs | None:
 
 @dataclass(frozen=True)
 class Reply:
-    """What becomes of one `Submit`: its tokens, one per step, and its end."""
+    """What becomes of one `Submit`: its tokens, one per step, and its end.
+
+    Of several choices `others` are the tokens of the later ones, in order (a missing one gets `tokens`), and `logprobs`
+    the logprob of every token of each choice.
+    """
 
     tokens: tuple[int, ...] = ()
     finish: Finish = field(default_factory=lambda: Finish(FinishReason.LENGTH))
@@ -132,6 +143,8 @@ class Reply:
     per_step: int = 1
     rejected: tuple[int, str] | None = None  # (status, message): never admitted
     silent: bool = False  # nothing is ever said of it
+    others: tuple[tuple[int, ...], ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 class ScriptedScheduler:
@@ -151,7 +164,7 @@ class ScriptedScheduler:
             "audit": {"balanced": True},
             "flush_cache": {"freed_blocks": 3},
         }
-        self._replies: dict[int, asyncio.Task[None]] = {}
+        self._replies: dict[tuple[int, int], asyncio.Task[None]] = {}  # by key and choice
 
     async def run(self, state: InstanceState = InstanceState.READY) -> None:
         self.announce(state)
@@ -163,12 +176,15 @@ class ScriptedScheduler:
                     break
                 if isinstance(message, Submit):
                     self.submits.append(message)
-                    self._replies[message.key] = group.create_task(self._reply(message))
+                    reply = self.script(message)
+                    for choice in range(message.choices):
+                        task = group.create_task(self._reply(message, reply, choice))
+                        self._replies[message.key, choice] = task
                 elif isinstance(message, Abort):
                     self.aborts.append(message)
-                    task = self._replies.get(message.key)
-                    if task is not None:
-                        task.cancel()
+                    for (key, choice), task in self._replies.items():
+                        if key == message.key and message.choice in (-1, choice):
+                            task.cancel()
                 elif isinstance(message, Ask):
                     self.asks.append(message)
                     if message.what in self.answers:
@@ -185,12 +201,15 @@ class ScriptedScheduler:
             ends = "" if isinstance(command, Pause) and command.mode == "abort" else None
         count = 0
         for submit in self.submits:
-            task = self._replies[submit.key]
-            if ends is not None and ends in ("", submit.rid) and (not task.done() or self.script(submit).silent):
+            tasks = {choice: self._replies[submit.key, choice] for choice in range(submit.choices)}
+            open_ones = [c for c, task in tasks.items() if not task.done() or self.script(submit).silent]
+            if ends is not None and ends in ("", submit.rid) and open_ones:
                 count += 1
-                task.cancel()
                 finish = Finish(FinishReason.ABORT, message="aborted by the operator")
-                self.channel.send_nowait(StepOutputs(b"", b"", b"", finished=[Finished(submit.key, 0, finish)]))
+                for choice in open_ones:
+                    tasks[choice].cancel()
+                finished = [Finished(submit.key, choice, finish) for choice in open_ones]
+                self.channel.send_nowait(StepOutputs(b"", b"", b"", finished=finished))
         self.announce(InstanceState.READY)
         self.channel.send_nowait(Answer(command.token, {"aborted": count, "paused": self.paused}))
 
@@ -198,35 +217,39 @@ class ScriptedScheduler:
         load = Load(running=1, waiting=2, free_blocks=3, total_blocks=4, queued_tokens=5)
         self.channel.send_nowait(InstanceInfo(state, load, "tcp://127.0.0.1:9", max_total_tokens, 32, self.paused))
 
-    async def _reply(self, submit: Submit) -> None:
-        reply = self.script(submit)
+    async def _reply(self, submit: Submit, reply: Reply, choice: int) -> None:
         key, sampling = submit.key, submit.sampling
         if reply.silent:
             return
         if reply.rejected is not None:
             status, message = reply.rejected
-            self.channel.send_nowait(Rejected(key, status, message, param="prompt", code="scripted"))
+            if not choice:
+                self.channel.send_nowait(Rejected(key, status, message, param="prompt", code="scripted"))
             return
+        answers = [reply.tokens, *reply.others]
+        answer = answers[choice] if choice < len(answers) else reply.tokens
         wanted = None
         if submit.logprob_start >= 0:
             wanted = prompt_logprobs(tokens_of(submit), submit.logprob_start, submit.prompt_top_logprobs)
-        started = [Started(key, reply.cached_tokens, reply.prefill, wanted)]
-        for at in range(0, len(reply.tokens), reply.per_step):
-            tokens = list(reply.tokens[at : at + reply.per_step])
-            last = at + reply.per_step >= len(reply.tokens)
+        started = [] if choice else [Started(key, reply.cached_tokens, reply.prefill, wanted)]
+        for at in range(0, len(answer), reply.per_step):
+            tokens = list(answer[at : at + reply.per_step])
+            last = at + reply.per_step >= len(answer)
             outputs = row(
                 key,
                 tokens,
                 finish=reply.finish if last else None,
                 logprobs=sampling.logprobs,
                 top=sampling.top_logprobs,
+                choice=choice,
+                logprob=reply.logprobs[choice] if choice < len(reply.logprobs) else -0.5,
             )
             outputs.started, started = started, []
             self.channel.send_nowait(outputs)
             if not last:
                 await asyncio.sleep(reply.step_s)
-        if not reply.tokens:
-            nothing = StepOutputs(b"", b"", b"", finished=[Finished(key, 0, reply.finish)])
+        if not answer:
+            nothing = StepOutputs(b"", b"", b"", finished=[Finished(key, choice, reply.finish)])
             if reply.finish.reason is not FinishReason.ERROR:
                 nothing.started = started
             self.channel.send_nowait(nothing)

@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-from api_kit import encode, events, says, serving
+from api_kit import STOP, encode, events, says, serving
 
 from pd.api.context import Limits
 from pd.messages import Finish
@@ -426,14 +426,17 @@ BAD = [
     ("/v1/completions", {"prompt": "Hi", "temperature": -1}, "temperature"),
     ("/v1/completions", {"prompt": "Hi", "temperature": "hot"}, "temperature"),
     ("/v1/completions", {"prompt": "Hi", "top_p": 0}, "top_p"),
-    ("/v1/completions", {"prompt": "Hi", "n": 2}, "n"),
+    ("/v1/completions", {"prompt": "Hi", "n": 129}, "n"),
     ("/v1/completions", {"prompt": "Hi", "n": 0}, "n"),
-    ("/v1/completions", {"prompt": "Hi", "best_of": 3}, "best_of"),
     ("/v1/completions", {"prompt": "Hi", "echo": "yes"}, "echo"),
     ("/v1/completions", {"prompt": "Hi", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ("/v1/completions", {"prompt": "Hi", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ("/v1/completions", {"prompt": "Hi", "allowed_token_ids": [5]}, "allowed_token_ids"),
     ("/v1/completions", {"prompt": "Hi", "bad_words": ["x"]}, "bad_words"),
+    ("/v1/completions", {"prompt": ["Hi"] * 64, "n": 65}, "n"),
+    ("/v1/completions", {"prompt": "Hi", "n": 3, "best_of": 2}, "best_of"),
+    ("/v1/completions", {"prompt": "Hi", "best_of": 129}, "best_of"),
+    ("/v1/completions", {"prompt": "Hi", "best_of": 2, "stream": True}, "best_of"),
     ("/v1/completions", {"prompt": "Hi", "suffix": "x"}, "suffix"),
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 0}, "max_tokens"),
     ("/v1/completions", {"prompt": "Hi", "max_tokens": 1000}, "max_tokens"),
@@ -475,6 +478,8 @@ BAD = [
     ("/generate", {"text": "a", "sampling_params": {"regex": "("}}, "sampling_params.regex"),
     ("/generate", {"text": "a", "sampling_params": {"top_k": "x"}}, "sampling_params.top_k"),
     ("/generate", {"text": "a", "image_data": "x"}, "image_data"),
+    ("/generate", {"text": "a", "sampling_params": {"n": 0}}, "sampling_params.n"),
+    ("/generate", {"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}]}, "sampling_params.n"),
     ("/generate", {"text": ["a", "b"], "rid": ["only one"]}, "rid"),
     ("/generate", {"text": "a", "return_logprob": True, "logprob_start_len": 90}, "logprob_start_len"),
 ]
@@ -785,5 +790,115 @@ def test_an_http2_preface_gets_an_error_and_not_a_hang(run_async, model):
                 data = await reader.read()
             assert data.startswith(b"HTTP/1.1 4") or data == b""
             writer.close()
+
+    run_async(main())
+
+
+# --- several choices --------------------------------------------------------------------------------------------------
+
+#: What each choice says, the third ending at a stop string.
+VOICES = ("first", "the second, which goes on for longest", "a third X and more")
+
+
+def voices(**options):
+    tokens = [(*encode(text), tiny_tokenizer.EOS) for text in VOICES]
+    reply = Reply(tokens=tokens[0], others=tuple(tokens[1:]), finish=STOP, **options)
+    return lambda submit: reply
+
+
+def test_choices_are_numbered_by_prompt_and_the_prompt_counts_once(run_async, model):
+    async def main():
+        async with serving(model, voices(cached_tokens=1)) as at:
+            body = {"prompt": ["Hi", "Hello"], "n": 3, "max_tokens": 50, "stop": ["X"], "logprobs": 1}
+            answer = (await at.client.post("/v1/completions", json=body)).json()
+            texts = ["first", VOICES[1], "a third "]
+            assert [(c["index"], c["text"]) for c in answer["choices"]] == list(enumerate(texts * 2))
+            assert [c["matched_stop"] for c in answer["choices"][:3]] == [tiny_tokenizer.EOS, tiny_tokenizer.EOS, "X"]
+            assert all(len(c["logprobs"]["tokens"]) > 2 for c in answer["choices"])
+            submits = at.scheduler.submits
+            assert [(s.choices, s.sampling.choice) for s in submits] == [(3, 0), (3, 0)]
+            assert answer["usage"]["prompt_tokens"] == sum(len(tokens_of(s)) for s in submits)
+            counts = [len(encode(text)) + 1 for text in VOICES[:2]] + [len(encode("a third X"))]
+            assert answer["usage"]["completion_tokens"] == 2 * sum(counts)
+            assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+    run_async(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_streamed_choices_come_interleaved_each_under_its_index(run_async, model, path):
+    async def main():
+        async with serving(model, voices(step_s=0.002)) as at:
+            body = CHAT if "chat" in path else {"prompt": "Hi"}
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            answer = await at.client.post(path, json={**body, "n": 3, "stop": "X", **options})
+            chunks = events(answer.text)
+            assert chunks[-1] == "[DONE]" and chunks[-2]["choices"] == []
+            texts, ends, order = ["", "", ""], {}, []
+            for chunk in chunks[:-2]:
+                [choice] = chunk["choices"]
+                assert choice["index"] not in ends, "nothing follows a choice's end"
+                texts[choice["index"]] += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                order.append(choice["index"])
+                if choice["finish_reason"]:
+                    ends[choice["index"]] = choice["finish_reason"]
+            assert texts == ["first", VOICES[1], "a third "] and ends == dict.fromkeys(range(3), "stop")
+            assert order != sorted(order)
+            assert chunks[-2]["usage"]["prompt_tokens"] == len(tokens_of(at.scheduler.submits[0]))
+            await at.until(lambda: at.scheduler.aborts)
+            assert [abort.choice for abort in at.scheduler.aborts] == [2], "the others go on"
+
+    run_async(main())
+
+
+def test_a_chat_answer_has_a_message_for_each_choice(run_async, model):
+    async def main():
+        async with serving(model, voices()) as at:
+            answer = (await at.client.post("/v1/chat/completions", json={**CHAT, "n": 2})).json()
+            assert [c["message"]["content"] for c in answer["choices"]] == ["first", VOICES[1]]
+            assert [c["index"] for c in answer["choices"]] == [0, 1]
+
+    run_async(main())
+
+
+def test_generate_with_n_answers_a_list_by_prompt(run_async, model):
+    async def main():
+        async with serving(model, voices()) as at:
+            sampling = {"n": 2, "max_new_tokens": 40}
+            body = {"text": "Hi", "rid": "r", "sampling_params": sampling, "return_logprob": True}
+            answers = (await at.client.post("/generate", json=body)).json()
+            assert [a["text"] for a in answers] == ["first", VOICES[1]]
+            assert [a["meta_info"]["id"] for a in answers] == ["r-0", "r-1"]
+            assert {a["meta_info"]["prompt_tokens"] for a in answers} == {len(tokens_of(at.scheduler.submits[0]))}
+            for answer in answers:
+                assert len(answer["meta_info"]["output_token_logprobs"]) == answer["meta_info"]["completion_tokens"]
+            body = {"text": ["Hi", "Ho"], "sampling_params": [sampling, sampling], "stream": True}
+            chunks = events((await at.client.post("/generate", json=body)).text)[:-1]
+            last = {chunk["index"]: chunk["text"] for chunk in chunks}
+            assert last == dict(enumerate(["first", VOICES[1]] * 2))
+
+    run_async(main())
+
+
+def test_best_of_returns_the_best_candidates_and_counts_all(run_async, model):
+    async def main():
+        async with serving(model, voices(logprobs=(-0.9, -0.1, -0.4))) as at:
+            body = {"prompt": "Hi", "best_of": 3, "n": 2, "max_tokens": 50}
+            answer = (await at.client.post("/v1/completions", json=body)).json()
+            assert [(c["index"], c["text"]) for c in answer["choices"]] == [(0, VOICES[1]), (1, VOICES[2])]
+            assert all(c["logprobs"] is None for c in answer["choices"]), "they rank; nobody asked to see them"
+            assert answer["usage"]["completion_tokens"] == sum(len(encode(text)) + 1 for text in VOICES)
+            assert at.scheduler.submits[0].choices == 3 and at.scheduler.submits[0].sampling.logprobs
+
+    run_async(main())
+
+
+def test_rooms_may_come_one_per_prompt_or_one_per_choice(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            for rooms in ([7, 8], 7):
+                body = {**CHAT, "n": 2, "bootstrap_room": rooms, "bootstrap_host": ["h", "h"]}
+                assert (await at.client.post("/v1/chat/completions", json=body)).status_code == 200
+            assert [(s.room, s.choices) for s in at.scheduler.submits] == [(7, 2), (7, 2)]
 
     run_async(main())

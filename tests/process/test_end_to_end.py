@@ -471,6 +471,88 @@ def test_a_stop_string_across_tokens_never_leaks(llama: Deployment) -> None:
             assert deltas[-1]["finish_reason"] == "stop"
 
 
+# --- several choices ------------------------------------------------------------------------------------------------
+
+
+def choices_of(answer: Any) -> list[list[int]]:
+    """What /generate with n > 1 answers is a list."""
+    return [tokens_of(choice) for choice in answer]
+
+
+def test_choices_with_a_seed_are_the_same_alone_in_a_batch_and_on_one_instance(
+    llama: Deployment, unified: Deployment
+) -> None:
+    lengths = [1, PAGE - 1, PAGE, PAGE + 1, CHUNK, 3 * CHUNK + 5]
+    bodies = [ask(prompt(n, 40 + n), 20, seed=n, n=3, **WAYS[at % len(WAYS)]) for at, n in enumerate(lengths)]
+    batch = [choices_of(answer) for answer in llama.generate(bodies)]
+    assert batch == [choices_of(answer) for answer in unified.generate(bodies)]
+    for body, found in zip(bodies, batch, strict=True):
+        assert [choices_of(answer) for answer in llama.generate([body])] == [found]
+        one = {**body, "sampling_params": {**body["sampling_params"], "n": 1}}
+        assert tokens_of(llama.generate([one])[0]) == found[0], "the first of three is the only one of one"
+        assert len({tuple(tokens) for tokens in found}) == 3
+
+
+def test_greedy_choices_are_equal_and_their_logprobs_those_of_transformers(pair: Deployment) -> None:
+    asked = prompt(2 * PAGE + 5, 61)
+    with pair.moved() as moved:
+        (answer,) = pair.generate([ask(asked, 24, n=3, **EVERY_LOGPROB)])
+    for choice in answer:
+        check_logprobs(pair.oracle, asked, choice, 24)
+    assert len(choices_of(answer)) == 3
+    assert moved["pushed"] == moved["landed"] == 3 * BLOCK_BYTES
+    assert (moved["p_computed"], moved["d_computed"]) == (len(asked), 0)
+
+
+def test_a_prompt_is_pushed_once_whatever_the_number_of_its_choices(llama: Deployment) -> None:
+    found = []
+    for n in (1, 4):
+        with llama.moved() as moved:
+            llama.generate([ask(prompt(CHUNK + 7, 70 + n), 12, n=n, temperature=1.0)])
+        found.append({name: moved[name] for name in ("pushed", "landed", "p_computed", "p_steps", "d_computed")})
+    assert found[0] == found[1] and found[0]["pushed"] == -(-(CHUNK + 7) // PAGE) * BLOCK_BYTES
+
+
+def test_choices_are_the_same_after_a_retraction(qwen2: Deployment) -> None:
+    bodies = [ask(prompt(60, 800 + n), 100, seed=n, n=4, **WAYS[n]) for n in range(3)]
+    with qwen2.moved() as moved:
+        batch = [choices_of(answer) for answer in qwen2.generate(bodies)]
+    assert moved["retractions"] > 0
+    for body, found in zip(bodies, batch, strict=True):
+        one = {**body, "sampling_params": {**body["sampling_params"], "n": 1}}
+        assert [tokens_of(answer) for answer in qwen2.generate([one])] == [found[0]]
+        assert choices_of(qwen2.generate([body])[0]) == found
+
+
+def test_a_stop_string_ends_one_choice_and_the_others_go_on(llama: Deployment) -> None:
+    body = garbled("aé日", 31, 40)
+    body["sampling_params"]["n"] = 3
+    (whole,) = llama.generate([body])
+    stop = next(
+        text for at in range(30) if sum((text := whole[1]["text"][at : at + 3]) in w["text"] for w in whole) == 1
+    )
+    stopping = {**body, "sampling_params": {**body["sampling_params"], "stop": [stop]}}
+    (answer,) = llama.generate([stopping])
+    assert [choice["text"] for choice in answer] == [
+        whole[0]["text"],
+        whole[1]["text"][: whole[1]["text"].index(stop)],
+        whole[2]["text"],
+    ]
+    last = {event["index"]: event["text"] for event in llama.stream("/generate", stopping)}
+    assert [last[index] for index in range(3)] == [choice["text"] for choice in answer]
+
+
+def test_best_of_gives_the_candidates_with_the_highest_mean_logprob(llama: Deployment) -> None:
+    body = completion(ask(prompt(21, 9), 12, temperature=1.5, seed=4))
+    found = httpx.post(f"{llama.url}/v1/completions", json={**body, "n": 5, "logprobs": 0}, timeout=60).json()
+    best = httpx.post(f"{llama.url}/v1/completions", json={**body, "n": 2, "best_of": 5}, timeout=60).json()
+    means = [sum(c["logprobs"]["token_logprobs"]) / 12 for c in found["choices"]]
+    order = sorted(range(5), key=means.__getitem__, reverse=True)
+    assert [c["text"] for c in best["choices"]] == [found["choices"][at]["text"] for at in order[:2]]
+    for usage in (found["usage"], best["usage"]):
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (21, 5 * 12)
+
+
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import array
 
 import pytest
 
+from pd.api.completions import best
 from pd.api.engine import GRACE_S, Engine
 from pd.api.exchange import Exchange, Prompt
 from pd.api.metrics import Histogram, Latencies
@@ -314,3 +315,84 @@ def test_logprob_rows_unpack_by_position():
     logprobs = exchange.choices()[0].logprobs
     assert logprobs.chosen == [-0.5, -0.5]
     assert logprobs.tops == [([4, 5, 6], [-1.0, -2.0, -3.0]), ([5, 6, 7], [-1.0, -2.0, -3.0])]
+
+
+# --- several choices of one prompt -----------------------------------------------------------------------------------
+
+
+def both(key, first, second, **options):
+    """One step's tokens of choices 0 and 1."""
+    return StepOutputs(
+        array.array("q", [key, key]).tobytes(),
+        bytes([len(first), len(second)]),
+        array.array("i", letters(first + second)).tobytes(),
+        bytes([0, 1]),
+        **options,
+    )
+
+
+def test_choices_are_one_submission_and_get_their_own_tokens():
+    world = World()
+    exchange = world.exchange(prompt(choices=2), prompt(choices=2))
+    assert [submit.choices for submit in world.channel.of(Submit)] == [2, 2]
+    assert [choice.place for choice in exchange.choices()] == [0, 1, 2, 3]
+    key = exchange.generations[1].key
+    world.engine.handle(both(key, "ab", "x", started=[Started(key, 2)]))
+    world.engine.handle(row(key, letters("y"), choice=1))
+    assert [choice.take_text() for choice in exchange.choices()] == ["", "", "ab", "xy"]
+    assert [choice.place for choice in exchange.take_ready()] == [2, 3]
+    assert (exchange.prompt_tokens(), exchange.completion_tokens(), exchange.cached_tokens()) == (6, 4, 2)
+
+
+def test_an_exchange_is_over_when_its_last_choice_is():
+    world = World()
+    exchange = world.exchange(prompt(choices=2))
+    key = exchange.generations[0].key
+    world.engine.handle(both(key, "a", "b", finished=[Finished(key, 1, LENGTH)]))
+    assert not exchange.over and exchange.choices()[1].finish is LENGTH
+    world.engine.handle(row(key, letters("c"), finish=LENGTH))
+    assert exchange.over and world.engine.open_exchanges == 0 and not world.channel.of(Abort)
+
+
+def test_a_stop_string_of_one_choice_ends_it_alone_and_of_the_last_one_all():
+    world = World()
+    exchange = world.exchange(prompt(stop=["z"], choices=3))
+    key = exchange.generations[0].key
+    world.engine.handle(row(key, letters("az"), choice=1))
+    assert [(abort.key, abort.choice) for abort in world.channel.of(Abort)] == [(key, 1)]
+    late = StepOutputs(b"", b"", b"", finished=[Finished(key, 1, Finish(FinishReason.ABORT, status=499))])
+    world.engine.handle(late)
+    world.engine.handle(row(key, letters("b"), choice=1))
+    assert exchange.failure is None and exchange.choices()[1].take_text() == "a" and not exchange.over
+    world.engine.handle(row(key, letters("c"), finish=LENGTH))
+    world.engine.handle(row(key, letters("dz"), choice=2))
+    assert exchange.over and [choice.take_text() for choice in exchange.choices()] == ["c", "", "d"]
+    assert [(abort.key, abort.choice) for abort in world.channel.of(Abort)] == [(key, 1), (key, -1)]
+
+
+def test_a_failed_choice_fails_the_request_and_its_other_choices_are_aborted():
+    world = World()
+    exchange = world.exchange(prompt(choices=2))
+    key = exchange.generations[0].key
+    error = Finish(FinishReason.ERROR, message="died", status=502)
+    world.engine.handle(StepOutputs(b"", b"", b"", finished=[Finished(key, 1, error)]))
+    assert exchange.failure.status == 502
+    assert [(abort.key, abort.choice) for abort in world.channel.of(Abort)] == [(key, -1)]
+
+
+def test_a_cancel_is_one_abort_for_all_choices():
+    world = World()
+    exchange = world.exchange(prompt(choices=5))
+    world.engine.abort(exchange, "the client disconnected")
+    assert [(abort.key, abort.choice) for abort in world.channel.of(Abort)] == [(exchange.generations[0].key, -1)]
+
+
+def test_the_best_candidates_are_those_with_the_highest_mean_logprob():
+    world = World()
+    exchange = world.exchange(prompt(choices=4))
+    key = exchange.generations[0].key
+    for choice, (text, logprob) in enumerate([("aaaa", -0.5), ("b", -0.9), ("cc", -0.2), ("d", -0.5)]):
+        world.engine.handle(row(key, letters(text), finish=LENGTH, logprobs=True, choice=choice, logprob=logprob))
+    candidates = exchange.choices()
+    assert [choice.index for choice in best(candidates, 3)] == [2, 0, 3], "not the sum: four tokens at -0.5 beat -0.9"
+    assert best(candidates, 4) == candidates

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 
 from pd import messages as m
 from pd.errors import PdError
+from pd.scheduler import choices
 from pd.scheduler.batch import Batcher
 from pd.scheduler.prefill_side import PrefillSide
 from pd.scheduler.request import Request
-from pd.testing.sim_cluster import SimCluster, SimConfig
-from pd.types import Role
+from pd.testing.fake_runner import reference_tokens
+from pd.testing.sim_cluster import Node, SimCluster, SimConfig
+from pd.types import Role, SamplingParams
 
 SCENARIOS = int(os.environ.get("PD_TEST_SCENARIOS", "400"))
 #: Examples within which a mutant must be found out.
@@ -65,7 +68,18 @@ def _fault(world: SimCluster, rnd: random.Random) -> None:
     elif draw < 0.32:
         running = [c for c in world.clients.values() if not c.ended]
         if running:
-            world.abort(rnd.choice(running))
+            client = rnd.choice(running)
+            world.abort(client, rnd.choice([-1, rnd.randrange(len(client.choices))]))
+
+
+def _ask(world: SimCluster, rnd: random.Random, decode: Node, prompt: list[int], seed: int, **more: Any) -> None:
+    """A request of one choice or several, which may have a stop token that one of them meets."""
+    several, most = rnd.choice([1, 1, 2, 3, 4]), rnd.randrange(1, 20)
+    stop: tuple[int, ...] = ()
+    if rnd.random() < 0.3:
+        sampling = SamplingParams(seed=seed, choice=rnd.randrange(several))
+        stop = (rnd.choice(reference_tokens(prompt, sampling, most)),)
+    world.submit(decode, prompt, most, seed=seed, stop=stop, choices=several, **more)
 
 
 def scenario(seed: int, faults: bool = True) -> SimCluster:
@@ -79,7 +93,7 @@ def scenario(seed: int, faults: bool = True) -> SimCluster:
         prompt = shared[: rnd.randrange(24)] + [rnd.randrange(100) for _ in range(rnd.randrange(1, 20))]
         decode = rnd.choice([n for n in world.nodes.values() if n.role is Role.DECODE])
         timeout = rnd.choice([None, None, 3.0]) if faults else None
-        world.submit(decode, prompt, rnd.randrange(1, 20), seed=number, timeout=timeout)
+        _ask(world, rnd, decode, prompt, number, timeout=timeout)
         world.run(world.now + rnd.random() * 0.02)
         if faults:
             _fault(world, rnd)
@@ -99,10 +113,11 @@ def crowd(seed: int) -> None:
     [decode] = [n for n in world.nodes.values() if n.role is Role.DECODE]
     for number in range(16):
         prompt = [rnd.randrange(100) for _ in range(rnd.randrange(4, 20))]
-        world.submit(decode, prompt, rnd.randrange(4, 20), seed=number)
+        _ask(world, rnd, decode, prompt, number)
     while (left := [c for c in world.clients.values() if not c.ended]) and world.now < 60:
         if rnd.random() < 0.5:
-            world.abort(rnd.choice(left[:6]))
+            client = rnd.choice(left[:6])
+            world.abort(client, rnd.choice([-1, rnd.randrange(len(client.choices))]))
         world.run(world.now + rnd.random() * 0.01)
     assert world.settle(60), "a request never ended"
     world.check_answers()
@@ -128,16 +143,19 @@ def test_a_crowd_for_too_little_memory_comes_to_an_end(seed: int) -> None:
 def test_without_faults_every_request_is_answered(seed: int) -> None:
     world = scenario(seed, faults=False)
     for client in world.clients.values():
-        assert client.finish is not None
-        assert client.finish.reason in (m.FinishReason.STOP, m.FinishReason.LENGTH), client.finish
+        for choice in client.choices:
+            assert choice.finish is not None
+            assert choice.finish.reason in (m.FinishReason.STOP, m.FinishReason.LENGTH), choice.finish
 
 
 def test_scenarios_reach_what_they_are_meant_to_test() -> None:
     """Otherwise the properties above would hold for want of trouble."""
     outcomes: dict[str, int] = {}
-    retractions = late = landed = 0
+    retractions = late = landed = replays = 0
     for seed in range(150):
         world = scenario(seed)
+        rids = [str(dict(log.fields).get("rid")) for _, log in world.logs if log.event == "handoff_asked"]
+        replays += sum("-" in rid for rid in rids)
         for node in world.lives:
             core = node.scheduler.core
             assert core is not None
@@ -148,6 +166,7 @@ def test_scenarios_reach_what_they_are_meant_to_test() -> None:
                 for name, count in side.handoffs.outcomes.items() if side is not None else ():
                     outcomes[name] = outcomes.get(name, 0) + count
     assert landed > 0 and retractions > 0 and late > 0
+    assert replays > 0, "no choice was replayed alone"
     assert {"landed", "cancelled", "lost", "refused"} <= set(outcomes), outcomes
 
 
@@ -210,6 +229,16 @@ def test_mutant_blocks_are_pushed_before_the_step_that_writes_them_is_done(monke
         self.core.batcher.pusher = lambda r, p, b: early(self, r, p, b)
 
     monkeypatch.setattr(PrefillSide, "__init__", init)
+    assert _is_found_out(scenario)
+
+
+def test_mutant_the_partial_block_is_not_copied_for_other_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batcher, "copy", lambda self, request, source, tokens: None)
+    assert _is_found_out(scenario)
+
+
+def test_mutant_a_choice_whose_kv_does_not_come_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "scatter", choices._forget)
     assert _is_found_out(scenario)
 
 

@@ -523,3 +523,11 @@ def test_random_loads_never_damage_memory_and_leave_nothing_behind() -> None:
         for key, (client, tokens) in wanted.items():
             assert client.tokens == tokens, f"trial {trial}, request {key}"
         assert instance.audit()["owned"] == 0
+
+
+def test_a_cached_prefix_does_not_stand_in_the_way_of_a_prompt_that_needs_the_whole_pool() -> None:
+    instance = Instance(num_blocks=4)
+    for key in (1, 2):
+        client = instance.submit(key, prompt(9), 2)
+        instance.run()
+        assert client.tokens == expected(prompt(9), 2)

@@ -309,6 +309,40 @@ def test_several_choices_are_sampled_at_the_first_position_only(llama: str) -> N
         assert one.emitted == [token]
 
 
+@pytest.mark.parametrize("length", [21, 32])  # with a partial block, and without one
+def test_choices_that_share_a_prompts_blocks_have_the_logprobs_of_transformers(llama: str, length: int) -> None:
+    """As the scheduler orders it: the prompt leaves, each choice is admitted with its own tokens."""
+    driver, oracle, prompt = Driver(llama, page_size=16), Oracle(llama), prompt_of(length)
+    sampling = SamplingParams(temperature=1.0, seed=5, logprobs=True)
+    shared = driver.admit(1, prompt, sampling, choices=3)
+    driver.step({1: length})
+    [firsts] = shared.choices
+    full, partial = shared.blocks[: length // 16], shared.blocks[length // 16 :]
+    members, copies = [], []
+    for choice, token in enumerate(firsts):
+        own = partial if not choice else [driver.free.pop() for _ in partial]
+        copies += [CopyBlock(partial[0], block, length % 16) for block in own if block not in partial]
+        drawn = SamplingParams(temperature=1.0, seed=5, logprobs=True, choice=choice)
+        blocks = [*full, *own]
+        members.append(
+            driver.admit(2 + choice, [*prompt, token], drawn, prompt_len=length, shared=blocks, computed=length)
+        )
+    driver.release(1)
+    del driver.tracks[1]
+    driver.step(dict.fromkeys((2, 3, 4), 1), copies=copies)
+    driver.generate(14)
+    assert len(copies) == (2 if partial else 0)
+    for choice, member in enumerate(members):
+        tokens = [*prompt, firsts[choice], *member.emitted]
+        expected = oracle.logprobs(tokens)
+        chosen = [float(expected[at - 1, tokens[at]]) for at in range(length + 1, len(tokens))]
+        assert member.logprobs == pytest.approx(chosen, abs=1e-5)
+        alone = Driver(llama)
+        one = alone.admit(1, prompt, SamplingParams(temperature=1.0, seed=5, choice=choice))
+        alone.generate(15)
+        assert one.emitted == [firsts[choice], *member.emitted]
+
+
 def test_a_sampled_request_draws_the_same_tokens_in_any_batch_and_after_a_replay(llama: str) -> None:
     sampling = SamplingParams(temperature=0.9, top_p=0.95, seed=1234)
     alone = Driver(llama)
