@@ -30,6 +30,14 @@ _ERRORS = {
 }
 
 
+_EVENT = {
+    "type": "object",
+    "description": "one server-sent event: a chunk as JSON, and at the end [DONE]; an error if it fails midway",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
+
+
 def document(routes: Sequence[Route], context: Context) -> dict[str, Any]:
     """What this instance takes and answers."""
     keyed = bool(context.access.api_key)
@@ -99,5 +107,5 @@ def _responses(route: Route, found: Mapping[str, Any]) -> dict[str, Any]:
         return responses | {"200": {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     content: dict[str, Any] = {"application/json": {"schema": found[repr(route.answer)]}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return responses | {"200": {"description": "done", "content": content}}

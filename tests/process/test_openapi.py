@@ -222,6 +222,15 @@ def test_nothing_that_is_asked_is_a_server_error(described: Any, url: str, path:
     attack(described, url, path, method, 25)
 
 
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_stream_has_the_described_form(described: Any, url: str, path: str) -> None:
+    operation = described[path]["POST"]
+    case = operation.Case(body={**BASE[path], "stream": True}, media_type="application/json")
+    response = case.call(timeout=10)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method"), [o for o in OPERATIONS if o[1] == "POST"])
 def test_nothing_that_is_asked_hundreds_of_times_is_a_server_error(
