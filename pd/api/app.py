@@ -132,4 +132,4 @@ class App:
 
     @cached_property
     def _document(self) -> bytes:
-        return msgspec.json.encode(openapi.document(self.table.routes, keyed=bool(self.context.access.api_key)))
+        return msgspec.json.encode(openapi.document(self.table.routes, self.context))

@@ -188,6 +188,8 @@ class PromptBuilder:
     ) -> Prompt:
         """`field` is the prompt's name in this API, for errors."""
         limits = self.context.served.limits
+        if not -(1 << 31) <= (self.fields.priority or 0) < 1 << 31:
+            raise RequestError(f"priority must be a 32-bit number, got {self.fields.priority}", param="priority")
         if not tokens:
             raise RequestError(f"{field} must not be empty", param=field)
         if min(tokens) < 0 or max(tokens) >= limits.vocab_size:

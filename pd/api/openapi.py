@@ -10,10 +10,13 @@ import msgspec
 import pd
 from pd.access import OPEN_PATHS
 from pd.api import answers
+from pd.api.context import Context
 from pd.api.params import neutral_values
+from pd.api.ranges import narrow
 from pd.api.routes import Route
 
 _REF = "#/components/schemas/{name}"
+_REQUESTS = ("Request", "Sampling")
 _ERRORS = {
     "400": "a field is wrong or not supported; `param` names it",
     "401": "the API key is missing or wrong",
@@ -27,13 +30,24 @@ _ERRORS = {
 }
 
 
-def document(routes: Sequence[Route], *, keyed: bool) -> dict[str, Any]:
-    """`keyed`: requests must bring a key."""
+_EVENT = {
+    "type": "object",
+    "description": "one server-sent event: a chunk as JSON, and at the end [DONE]; an error if it fails midway",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
+
+
+def document(routes: Sequence[Route], context: Context) -> dict[str, Any]:
+    """What this instance takes and answers."""
+    keyed = bool(context.access.api_key)
     types = [answers.ErrorAnswer, *(t for r in routes for t in (r.body, r.answer) if t is not None)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     found = dict(zip(map(repr, types), schemas, strict=True))
-    for schema in components.values():
-        _narrow(schema)
+    for name, schema in components.items():
+        _refuse(schema)
+        if name.endswith(_REQUESTS):
+            narrow(name, schema, context.served, context.limits)
     paths: dict[str, Any] = {}
     for route in routes:
         paths[route.path] = {method.lower(): _operation(route, method, found, keyed) for method in route.methods}
@@ -52,7 +66,7 @@ def document(routes: Sequence[Route], *, keyed: bool) -> dict[str, Any]:
 _ABOUT = "Unknown fields are accepted. A field that is known and not built is accepted with the values listed only."
 
 
-def _narrow(schema: dict[str, Any]) -> None:
+def _refuse(schema: dict[str, Any]) -> None:
     """Of a field that is not built only the values that change nothing are accepted."""
     for name, field in schema.get("properties", {}).items():
         neutral = neutral_values(name)
@@ -93,5 +107,5 @@ def _responses(route: Route, found: Mapping[str, Any]) -> dict[str, Any]:
         return responses | {"200": {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     content: dict[str, Any] = {"application/json": {"schema": found[repr(route.answer)]}}
     if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return responses | {"200": {"description": "done", "content": content}}

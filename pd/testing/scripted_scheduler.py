@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from pd.errors import ChannelClosed, ChannelFull
+from pd.ipc.codec import Codec
 from pd.messages import (
     Abort,
     AbortMatching,
@@ -38,10 +39,13 @@ RecvT = TypeVar("RecvT")
 
 
 class PairChannel(Generic[SendT, RecvT]):
-    """One end of an in-process pair, with the interface of `pd.ipc.channel.Channel`."""
+    """One end of an in-process pair, with the interface of `pd.ipc.channel.Channel`.
 
-    def __init__(self, outbox: asyncio.Queue[Any], inbox: asyncio.Queue[Any]) -> None:
-        self._outbox, self._inbox = outbox, inbox
+    What is sent goes through `codec`, as over a socket: a message that cannot travel does not arrive here, either.
+    """
+
+    def __init__(self, outbox: asyncio.Queue[Any], inbox: asyncio.Queue[Any], codec: Codec[SendT]) -> None:
+        self._outbox, self._inbox, self._codec = outbox, inbox, codec
         self.closed = False
 
     async def recv(self) -> RecvT:
@@ -62,7 +66,7 @@ class PairChannel(Generic[SendT, RecvT]):
         if self.closed:
             raise ChannelClosed("pair")
         try:
-            self._outbox.put_nowait(message)
+            self._outbox.put_nowait(self._codec.decode(self._codec.encode(message)))
         except asyncio.QueueFull:
             raise ChannelFull("pair") from None
 
@@ -76,7 +80,9 @@ def channel_pair() -> tuple[PairChannel[ApiToScheduler, SchedulerToApi], PairCha
     """(the api's end, the scheduler's end)."""
     to_scheduler: asyncio.Queue[Any] = asyncio.Queue()
     to_api: asyncio.Queue[Any] = asyncio.Queue()
-    return PairChannel(to_scheduler, to_api), PairChannel(to_api, to_scheduler)
+    sent: Codec[ApiToScheduler] = Codec(ApiToScheduler)
+    answered: Codec[SchedulerToApi] = Codec(SchedulerToApi)
+    return PairChannel(to_scheduler, to_api, sent), PairChannel(to_api, to_scheduler, answered)
 
 
 def tokens_of(submit: Submit) -> list[int]:

@@ -713,6 +713,22 @@ def test_request_id_timeout_and_prefills_travel(run_async, model):
     run_async(main())
 
 
+def test_a_clients_own_id_names_its_request_whatever_a_router_calls_it(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            routed = {"x-request-id": "minted"}
+            for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", CHAT)):
+                answer = await at.client.post(path, json={**body, "rid": "mine"}, headers=routed)
+                assert answer.headers["x-request-id"] == "mine" == at.scheduler.submits[-1].rid
+                assert answer.json()["id"].endswith("-mine")
+            answers = (
+                await at.client.post("/generate", json={"text": ["a", "b"], "rid": "mine"}, headers=routed)
+            ).json()
+            assert [a["meta_info"]["id"] for a in answers] == ["mine-0", "mine-1"]
+
+    run_async(main())
+
+
 def test_an_id_that_no_header_can_carry_is_answered_without_what_is_unfit(run_async, model):
     async def main():
         async with serving(model, says("x")) as at:

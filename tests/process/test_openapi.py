@@ -222,9 +222,103 @@ def test_nothing_that_is_asked_is_a_server_error(described: Any, url: str, path:
     attack(described, url, path, method, 25)
 
 
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_stream_has_the_described_form(described: Any, url: str, path: str) -> None:
+    operation = described[path]["POST"]
+    case = operation.Case(body={**BASE[path], "stream": True}, media_type="application/json")
+    response = case.call(timeout=10)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method"), [o for o in OPERATIONS if o[1] == "POST"])
 def test_nothing_that_is_asked_hundreds_of_times_is_a_server_error(
     described: Any, url: str, path: str, method: str
 ) -> None:
     attack(described, url, path, method, 400)
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+
+def _ends(schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(the last value that a numeric range has, the first beyond it), at either end."""
+    step = 1 if schema["type"] == "integer" else 1e-6
+    for name, sign in (("minimum", -1), ("maximum", 1)):
+        if name in schema:
+            yield schema[name], schema[name] + sign * max(step, step * abs(schema[name]) * (step < 1))
+    if "exclusiveMinimum" in schema:
+        yield schema["exclusiveMinimum"] + step, schema["exclusiveMinimum"]
+
+
+#: What else a field needs to be accepted at all. `n` above 1 and long outputs are other limits' business.
+BESIDES: dict[str, dict[str, Any]] = {
+    "max_tokens": {"echo": True},
+    "top_logprobs": {"logprobs": True},
+    "logprob_start_len": {"return_logprob": True},
+    "bootstrap_port": {"bootstrap_host": "h", "bootstrap_room": 1},
+}
+BASE: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/generate": {"text": "abc"},
+}
+
+
+@pytest.mark.parametrize("path", BASE)
+def test_a_described_range_is_the_one_that_is_checked(url: str, document: dict[str, Any], path: str) -> None:
+    body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    described = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+    checked: set[str] = set()
+    with requests.Session() as session:
+
+        def status(field: str, value: Any) -> int:
+            asked = {**BASE[path], **BESIDES.get(field, {}), field: value}
+            if field == "max_tokens" and path != "/v1/completions":
+                asked.pop("echo")
+            return session.post(url + path, json=asked, timeout=10).status_code
+
+        for field, schema in described.items():
+            for form in schema.get("anyOf", [schema]):
+                if form.get("type") not in ("integer", "number"):
+                    continue
+                for last, beyond in _ends(form):
+                    if not (field == "n" and last > 1):
+                        assert status(field, last) == 200, (field, last)
+                    assert status(field, beyond) == 400, (field, beyond)
+                    checked.add(field)
+    assert len(checked) > 12
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "good", "bad"),
+    [
+        ("/v1/completions", "prompt", ["a"], []),
+        ("/v1/completions", "prompt", [0, 1], [0, "a"]),
+        ("/v1/completions", "prompt", [[0]], [[]]),
+        ("/v1/completions", "stop", ["a"] * 4, ["a"] * 5),
+        ("/v1/completions", "stop", "a" * 1024, "a" * 1025),
+        ("/v1/completions", "stop_token_ids", [0], [-1]),
+        ("/v1/completions", "logit_bias", {"5": 100}, {"5": 101}),
+        ("/v1/completions", "logit_bias", {"5": -100}, {"x": 1}),
+        ("/v1/completions", "model", "default", "other"),
+        ("/v1/completions", "truncate_prompt_tokens", -1, 0),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": [{"type": "text", "text": "a"}]}], []),
+        ("/v1/chat/completions", "messages", [{"role": "user", "content": "a", "name": "x"}], [{"role": "user"}]),
+        ("/generate", "stop", ["a"] * 64, ["a"] * 65),
+        ("/generate", "token_ids_logprob", [0], [1 << 20]),
+    ],
+)
+def test_a_described_form_is_the_one_that_is_checked(
+    url: str, document: dict[str, Any], path: str, field: str, good: Any, bad: Any
+) -> None:
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    validator = jsonschema_rs.validator_for({**schema, "components": document["components"]})
+    for value, accepted in ((good, True), (bad, False)):
+        body = {**BASE[path], field: value}
+        if field == "token_ids_logprob":
+            body["return_logprob"] = True
+        answer = requests.post(url + path, json=body, timeout=10)
+        assert (answer.status_code == 200) is accepted, answer.text
+        assert validator.is_valid(body) is accepted, body
