@@ -98,4 +98,5 @@ def _draw(tokens: list[int], prompt_len: int, sampling: SamplingParams, logits: 
         logprob_start=-1,
         prompt_top_logprobs=0,
     )
-    return sample([request], logits[None])[0].tokens[0]
+    with torch.inference_mode():
+        return sample([request], logits[None].clone())[0].tokens[0]  # in place
