@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+NPM := npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
 PLUGINS := -e plugins/policies
 REQUIREMENTS := pyproject.toml constraints.txt plugins/policies/pyproject.toml
 
@@ -53,6 +54,7 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 	$(PIP) -e '.[engine]' $(PLUGINS)
 	@touch $@
 
-$(VENV)/.installed-dev: $(REQUIREMENTS) | $(BIN)/python
+$(VENV)/.installed-dev: $(REQUIREMENTS) tests/clients/package.json | $(BIN)/python
 	$(PIP) -e '.[dev]' $(PLUGINS)
+	@if command -v npm >/dev/null; then $(NPM) --prefix tests/clients; else echo 'no npm: its client is not tested'; fi
 	@touch $(VENV)/.installed $@
