@@ -55,18 +55,25 @@ _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
 
 
+#: Between two tokens of JSON: a blank, or a line's end and what the next one is indented by.
+WHITESPACE = r"( |\r?\n[ \t]{0,40})?"
+
+
 @dataclass(frozen=True)
 class JsonLayout:
-    """How JSON may be laid out. `whitespace` False: not at all; `pattern`: what may stand between tokens."""
+    """How JSON may be laid out. `whitespace` False: not at all; `pattern`: what may stand between tokens.
+
+    The default is bounded: a small model would go on with blanks until its last token.
+    """
 
     whitespace: bool = True
-    pattern: str = ""
+    pattern: str = WHITESPACE
 
     def overrides(self) -> dict[str, Any]:
         found: dict[str, Any] = {"lenient": False}
         if not self.whitespace:
             found["whitespace_flexible"] = False
-        if self.pattern:
+        else:
             found["whitespace_pattern"] = self.pattern
         return found
 
@@ -221,7 +228,7 @@ def _constraints(given: Mapping[str, Any], prefix: str) -> Iterator[Constraint]:
     for name, make in _PLAIN.items():
         if not _empty(value := given.get(name)):
             yield _constraint(prefix + name, value, make)
-    layout = JsonLayout(pattern=given.get("guided_whitespace_pattern") or "")
+    layout = JsonLayout(pattern=given.get("guided_whitespace_pattern") or WHITESPACE)
     if not _empty(value := given.get("guided_json")):
         yield _constraint(f"{prefix}guided_json", value, from_json_schema, layout)
     if given.get("response_format") is not None:
@@ -273,7 +280,7 @@ def _structured_outputs(value: Any, param: str) -> Iterator[Constraint]:
     """vLLM's."""
     if not isinstance(value, dict):
         raise RequestError(f"{param} must be an object", param=param)
-    pattern = value.get("whitespace_pattern") or ""
+    pattern = value.get("whitespace_pattern") or WHITESPACE
     if not isinstance(pattern, str):
         raise RequestError(f"{param}.whitespace_pattern must be a string", param=f"{param}.whitespace_pattern")
     layout = JsonLayout(not value.get("disable_any_whitespace"), pattern)

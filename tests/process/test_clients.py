@@ -67,7 +67,8 @@ def client(cluster: Running) -> Iterator[openai.OpenAI]:
 def test_a_chat_answers_whole_and_as_a_stream(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="default", messages=QUESTION, temperature=0)
     assert whole.choices[0].message.content == "3 + 4 = 7" and whole.choices[0].finish_reason == "stop"
-    assert whole.usage is not None and whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    usage = whole.usage
+    assert usage is not None and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     chunks = list(
         client.chat.completions.create(
             model="default", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -110,7 +111,7 @@ def test_completions_take_every_kind_of_prompt(client: openai.OpenAI) -> None:
 
 def test_a_structured_answer_is_parsed(client: openai.OpenAI) -> None:
     parsed = client.chat.completions.parse(
-        model="default", messages=QUESTION, response_format=Sum, temperature=0, max_tokens=200
+        model="default", messages=QUESTION, response_format=Sum, temperature=0, max_tokens=600
     )
     assert isinstance(parsed.choices[0].message.parsed, Sum)
 
@@ -190,7 +191,7 @@ def langchain(cluster: Running) -> Any:
     from langchain_openai import ChatOpenAI
 
     return ChatOpenAI(
-        base_url=f"{cluster.url}/v1", api_key="none", model="default", temperature=0, max_tokens=200, max_retries=0
+        base_url=f"{cluster.url}/v1", api_key="none", model="default", temperature=0, max_tokens=600, max_retries=0
     )
 
 
