@@ -314,7 +314,6 @@ def test_a_leg_fails_at_once_when_its_decode_instance_is_killed(cluster: Cluster
     cluster.wait_until_healthy()
 
 
-@pytest.mark.skip(reason="n is 1")
 def test_several_choices_are_one_prompt_with_one_room(rust: str, mini: str) -> None:
     """The router gives each choice of a chat a room, completions one to all; mini-lb always one."""
     chat = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "n": 2, "max_tokens": 4, "seed": 3}
