@@ -216,6 +216,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     original prompt's length, from which penalties, `min_tokens` and grammar count. The KV of the first `computed`
     tokens is already in `blocks_i32`. `epoch` tells this admission from an earlier one of the same key.
     `logprob_start` >= 0: prompt logprobs from that position are returned as their positions are computed.
+    `choices` tokens are sampled at the first sampled position; each choice is then admitted as a request of its own.
     """
 
     key: int

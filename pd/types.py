@@ -8,6 +8,7 @@ from typing import NewType
 import msgspec
 
 #: Number of one request inside one instance, minted by the api process: worker id << 40 | counter. Never reused.
+#: It stays below 1 << 54: the scheduler puts the choice above, where a request has several.
 RequestKey = NewType("RequestKey", int)
 
 

@@ -75,9 +75,8 @@ class Engine:
         self._keys = itertools.count((worker << _WORKER_SHIFT) + 1)
         self._tokens = itertools.count(1)
         self._generations: dict[int, Generation] = {}
-        self._unsent: dict[
-            tuple[int, int], Abort
-        ] = {}  # what a full channel did not take; at most one per choice and one for all
+        # What a full channel did not take, by key and choice: at most one per submitted choice and one for all.
+        self._unsent: dict[tuple[int, int], Abort] = {}
         self._exchanges: set[Exchange] = set()
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
