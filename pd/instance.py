@@ -196,6 +196,10 @@ class Plan:
     def _spec(self, name: str, target: str, config: Any, silence: float = 0.0) -> ChildSpec:
         return ChildSpec(name, target, config, instance=self.name, log=self.config.log, silence=silence)
 
+    def _url(self, host: str, port: int) -> str:
+        scheme = "https" if self.config.http.ssl_certfile else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
     def scheduler(self) -> ChildSpec:
         config = self.config
         settings = SchedulerSettings(
@@ -205,7 +209,7 @@ class Plan:
             config.transfer.transfer,
             context_length=self.model.context_length,
             # The same before and after a restart, by which a free port becomes a known one.
-            http=config.name or (f"http://{config.http.host}:{config.http.port}" if config.http.port else self.name),
+            http=config.name or (self._url(config.http.host, config.http.port) if config.http.port else self.name),
             scheduler=config.scheduler,
             cache=config.cache,
             control=replace(config.control, cluster_secret=""),
@@ -257,6 +261,7 @@ class Plan:
             page_size=config.cache.page_size,
             request_timeout=config.scheduler.request_timeout,
             log=config.log,
+            created=self.incarnation // 1000,
             info={
                 "name": self.name,
                 "incarnation": self.incarnation,
@@ -272,9 +277,7 @@ class Plan:
     @property
     def addresses(self) -> dict[str, Any]:
         host, port = self.http
-        scheme = "https" if self.config.http.ssl_certfile else "http"
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        addresses: dict[str, Any] = {"url": url, "host": host, "port": port}
+        addresses: dict[str, Any] = {"url": self._url(host, port), "host": host, "port": port}
         if self.control_endpoint:
             addresses["control_endpoint"] = self.control_endpoint
         return addresses

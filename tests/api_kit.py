@@ -64,11 +64,12 @@ async def serving(
     access=None,
     chat=None,
     tls=None,
+    latencies=None,
     bound_s=BOUND_S,
 ):
     api_end, scheduler_end = channel_pair()
     tokenizer = Tokenizer(model)
-    latencies = Latencies()
+    latencies = latencies or Latencies()
 
     def detokenizer(prompt):
         skip, shown = prompt.skip_special_tokens, prompt.shown_tokens

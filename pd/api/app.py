@@ -98,7 +98,8 @@ class App:
         if route is None:
             raise http_error(404, f"there is no {http.path}", "not_found")
         methods = route.methods
-        if http.method not in methods and not (http.method == "HEAD" and "GET" in methods):
+        # What may also be posted does something, which HEAD must not.
+        if http.method not in methods and not (http.method == "HEAD" and methods == GET):
             http.extra_headers = [*http.extra_headers, (b"allow", ", ".join(methods).encode())]
             raise http_error(405, f"{http.path} takes {' or '.join(methods)}, not {http.method}", "method_not_allowed")
         return route.endpoint

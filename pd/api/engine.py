@@ -81,7 +81,6 @@ class Engine:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self.lost = asyncio.Event()
         self.heard = asyncio.Event()  # the scheduler has said that it takes requests, or no longer does
-        self.tokens_at = 0.0  # when the last tokens came, whosever
         self._lost = ""
         self._stopping = False
 
@@ -309,7 +308,6 @@ class Engine:
                 generation.prompt_logprobs_start = started.prompt_logprobs.start
             generation.exchange.heard_at = now
         if message.keys_i64:
-            self.tokens_at = now
             self._rows(message, touched, now)
         for finished in message.finished:
             generation = self._generations.get(finished.key)

@@ -85,6 +85,11 @@ class Latencies:
         inter_token = Histogram(INTER_TOKEN_BUCKETS, cells[first:])
         return cls(Histogram(FIRST_TOKEN_BUCKETS, cells[:first]), inter_token, folder)
 
+    def tokens(self) -> float:
+        """How many tokens clients of all workers have got so far."""
+        every = self.of_all()
+        return sum((*every.first_token.cells[:-1], *every.inter_token.cells[:-1]))
+
     def of_all(self) -> Latencies:
         """The sums over this instance's api workers."""
         if self.folder is None:

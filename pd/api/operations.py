@@ -126,14 +126,14 @@ class Operations:
 
     async def health_generate(self, http: Http) -> None:
         """One token is generated: here, or by the prefill instances that the router names. On an instance so busy that
-        its turn does not come, anybody's tokens will do.
+        its turn does not come, anybody's tokens will do, whichever of its api workers they go through.
         """
-        engine, bound = self.context.engine, self.context.limits.probe_s
+        engine, bound, latencies = self.context.engine, self.context.limits.probe_s, self.context.latencies
         engine.check_ready()
         if engine.info.paused:
             raise _unhealthy("generation is paused", "paused")
         prefills = named_prefills(http) if self.context.served.role == Role.DECODE.value else ()
-        rid, began = f"health-{mint_rid()}", engine.clock()
+        rid, began, tokens = f"health-{mint_rid()}", engine.clock(), latencies.tokens()
         prompt = Prompt([1], _ONE_TOKEN, rid, prefills=prefills, priority=_PROBE_PRIORITY, probe=not prefills)
         exchange = Exchange(rid, began, deadline=began + bound)
         try:
@@ -141,7 +141,7 @@ class Operations:
             async with asyncio.timeout(bound):
                 await exchange.wait_over()
         except TimeoutError:
-            if engine.tokens_at <= began:
+            if latencies.tokens() <= tokens:
                 raise _unhealthy(f"no token within {bound:g} s", "timeout") from None
         finally:
             engine.abort(exchange, "the health check is over")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,6 +58,7 @@ class ApiConfig:
     chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     info: dict[str, Any] = field(default_factory=dict)
+    created: int = 0  # when this instance began, in seconds: what /v1/models says of its model
 
 
 Finished = Callable[[dict[str, Any]], None]
@@ -206,7 +206,7 @@ def served(config: ApiConfig) -> Served:
     model = config.model
     limits = ModelLimits(model.vocab_size, model.context_length, model.eos_token_ids, Defaults.read(model.path))
     info = {"page_size": config.page_size, "dtype": model.dtype, **config.info}
-    return Served(model.name, model.path, config.role, limits, info, created=int(time.time()))
+    return Served(model.name, model.path, config.role, limits, info, created=config.created)
 
 
 def _report(error: BaseException) -> None:

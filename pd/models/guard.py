@@ -58,6 +58,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": (),
     "is_causal": (True,),
     "use_bidirectional_attention": _OFF,
+    "dual_chunk_attention_config": ({},),
     "is_encoder_decoder": _OFF,
     "add_cross_attention": _OFF,
     "cross_attention_layers": ([],),
@@ -76,6 +77,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio_config": ({},),
 }
 _WHY = {
+    "dual_chunk_attention_config": "dual chunk attention is not supported (without the field attention is full)",
     "quantization_config": "quantised weights are not supported",
     "compression_config": "quantised weights are not supported",
     "vision_config": "multimodal models are not supported",

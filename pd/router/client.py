@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import httptools
 
-from pd.router.http import HOP_HEADERS, MAX_HEAD, Request, Response, error, parse_timeout, render
+from pd.router.http import HOP_HEADERS, MAX_HEAD, Request, Response, error, origin_form, parse_timeout, render
 
 
 @dataclass(frozen=True)
@@ -393,8 +393,10 @@ class ClientConnection(asyncio.Protocol):
         if version not in ("1.0", "1.1"):
             self._stop(505, f"HTTP/{version} is not spoken here", "http_version_not_supported")
         if self._length > self.limits.max_body:
-            self._stop(413, f"request body larger than {self.limits.max_body} bytes", "request_too_large")
+            self._stop(413, f"request body larger than {self.limits.max_body} bytes", "body_too_large")
         request.method = self.parser.get_method()
+        if not request.target.startswith(b"/"):
+            request.target = origin_form(request.target)
         request.old = version == "1.0"
         if self._options not in (b"", b",keep-alive", b",close"):
             named = {option.strip() for option in self._options.split(b",")}
@@ -409,7 +411,7 @@ class ClientConnection(asyncio.Protocol):
             self._body += body
         self._expect = False
         if len(self._body) > self.limits.max_body:
-            self._stop(413, f"request body larger than {self.limits.max_body} bytes", "request_too_large")
+            self._stop(413, f"request body larger than {self.limits.max_body} bytes", "body_too_large")
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade() and (self._length or self._chunked):

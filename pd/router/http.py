@@ -95,6 +95,15 @@ class Response:
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
+def origin_form(target: bytes) -> bytes:
+    """The path and query of a request target: a client may name the whole URL (RFC 9112, 3.2.2)."""
+    scheme, found, rest = target.partition(b"://")
+    if not found or scheme.lower() not in (b"http", b"https"):
+        return target
+    end = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    return rest[end:] if rest[end : end + 1] == b"/" else b"/" + rest[end:]
+
+
 def parse_timeout(value: bytes) -> float | None:
     """Seconds of an `x-request-timeout`; None where it is malformed: the worker answers what is wrong with it."""
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -32,6 +33,14 @@ _LARGE = 256 << 20
 _MODEL = "/v1/models/"
 
 Operation = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
+
+
+class _Loads(msgspec.Struct):
+    """What is read of a worker's /v1/loads."""
+
+    loads: list[dict[str, Any]]
+    aggregate: dict[str, int | float]
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -116,9 +125,11 @@ class Operations:
         name = unquote(request.path[len(_MODEL) :])
         if not models:
             return error(503, "no worker is available", "no_worker")
-        if name not in models:
-            return error(404, f"the model {name!r} does not exist", "model_not_found")
-        return _json(models[name])
+        # As instances have it: also by its path, and "default" is what there is.
+        for card in models.values():
+            if name in ("default", card["id"], card.get("root")):
+                return _json(card)
+        return error(404, f"the model {name!r} does not exist", "model_not_found")
 
     async def _models(self, request: Request) -> dict[str, Any]:
         fleet = self.core.fleet
@@ -157,13 +168,13 @@ class Operations:
 
     async def loads(self, request: Request) -> Response:
         """SGLang's /v1/loads of every worker, as one: its `loads` have the worker's url and pool."""
-        found = await self._answers(request, "/v1/loads")
+        found = await self._answers(request, "/v1/loads", _Loads)
         entries = [
-            {**entry, "worker": worker.url, "pool": worker.pool} for worker, body in found for entry in body["loads"]
+            {**entry, "worker": worker.url, "pool": worker.pool} for worker, said in found for entry in said.loads
         ]
         totals: dict[str, Any] = {}
-        for _, body in found:
-            for name, value in body["aggregate"].items():
+        for _, said in found:
+            for name, value in said.aggregate.items():
                 totals[name] = totals.get(name, 0) + value
         for name in totals:
             if name.startswith("avg_"):
@@ -172,16 +183,18 @@ class Operations:
         return _json({"timestamp": now, "version": pd.__version__, "loads": entries, "aggregate": totals})
 
     async def get_load(self, request: Request) -> Response:
-        return _json([entry for _, body in await self._answers(request, "/get_load") for entry in body])
+        found = await self._answers(request, "/get_load", list[dict[str, Any]])
+        return _json([entry for _, said in found for entry in said])
 
-    async def _answers(self, request: Request, target: str) -> list[tuple[Worker, Any]]:
-        """What every healthy worker says, without those that do not."""
+    async def _answers(self, request: Request, target: str, form: type[T]) -> list[tuple[Worker, T]]:
+        """What every healthy worker says in this form, without those that do not."""
         workers = [worker for worker in self.core.fleet.all() if worker.health is Health.HEALTHY]
         answers = await self._ask(workers, request, self.core.fleet.config.health_timeout, target=target)
         found = []
         for worker, answer in zip(workers, answers, strict=True):
             if isinstance(answer, Response) and answer.status == 200:
-                found.append((worker, msgspec.json.decode(answer.body)))
+                with contextlib.suppress(*NOT_JSON):
+                    found.append((worker, msgspec.json.decode(answer.body, type=form)))
         return found
 
     async def fan_out(self, request: Request) -> Response:

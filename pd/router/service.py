@@ -26,12 +26,12 @@ log = get_logger()
 #: Is told the router's address: {"url", "host", "port"}.
 Ready = Callable[[dict[str, Any]], None]
 
-#: What goes to a decode instance, by path.
-PROXIED = {
-    "/v1/completions": b"POST",
-    "/v1/chat/completions": b"POST",
-    "/generate": b"POST",
-    "/health_generate": b"GET",
+#: What goes to a decode instance, by path, with the methods that it allows.
+PROXIED: dict[str, tuple[bytes, ...]] = {
+    "/v1/completions": (b"POST",),
+    "/v1/chat/completions": (b"POST",),
+    "/generate": (b"POST", b"PUT"),
+    "/health_generate": (b"GET",),
 }
 
 #: Seconds that an answer that is not streamed may take, and that a client may leave its answer unread; more if the
@@ -79,8 +79,7 @@ class Router:
             self._empty.set()
 
     def handler(self, client: ClientConnection, request: Request) -> Handler:
-        path, access = request.path, self.access
-        method = PROXIED.get(path)
+        path, access = request.path.rstrip("/") or "/", self.access
         if access.origins:
             origin = request.header(b"origin")
             request.extra = access.cors(origin)
@@ -90,10 +89,11 @@ class Router:
             self.refused(401)
             problem = "a valid API key is needed: Authorization: Bearer KEY"
             return Refusal(client, error(401, problem, "invalid_api_key", (b"www-authenticate", b"Bearer")))
-        if method is not None:
-            if request.method == method:
+        proxied = PROXIED.get(path)
+        if proxied is not None:
+            if request.method in proxied:
                 return Exchange(self.core, client, request)
-            return self._wrong_method(client, request, (method,))
+            return self._wrong_method(client, request, proxied)
         found = self.operations.find(path)
         if found is None:
             self.refused(404)
@@ -105,8 +105,9 @@ class Router:
 
     def _preflight(self, client: ClientConnection, request: Request, origin: str) -> Refusal:
         """A web page's browser asks first; it has no key yet."""
-        proxied, local = PROXIED.get(request.path), self.operations.find(request.path)
-        methods = (proxied,) if proxied is not None else local[0] if local is not None else ()
+        path = request.path.rstrip("/")
+        local = self.operations.find(path)
+        methods = PROXIED.get(path) or (local[0] if local is not None else ())
         wanted = request.header(b"access-control-request-headers")
         headers = self.access.preflight(origin, tuple(method.decode() for method in methods), wanted)
         if headers is None:

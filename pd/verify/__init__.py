@@ -8,6 +8,7 @@ position at which they differ says which part of the system to look at.
 from __future__ import annotations
 
 import argparse
+import os
 
 from pd.verify.options import add_arguments
 
@@ -19,4 +20,4 @@ def run(args: argparse.Namespace) -> int:
     from pd.verify.command import run_verify
     from pd.verify.options import resolve
 
-    return run_verify(resolve(args))
+    return run_verify(resolve(args, os.environ))

@@ -42,14 +42,17 @@ class Server:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
-    def get(self, path: str) -> Any:
-        """Decoded JSON. Raises AskFailed."""
-        return json.loads(self._call(path, None)[0])
+    def get(self, path: str) -> dict[str, Any]:
+        """A JSON object. Raises AskFailed."""
+        found = _decoded(self._call(path, None)[0], f"{self.url}{path}")
+        if not isinstance(found, dict):
+            raise AskFailed(f"{self.url}{path} answers in an unknown form")
+        return found
 
     def ask(self, case: Case) -> Answer:
         """Raises AskFailed."""
         body, prefill = self._call("/generate", json.dumps(case.body()).encode())
-        answers = _last_events(body, case) if case.stream else json.loads(body)
+        answers = _last_events(body) if case.stream else _decoded(body, self.url)
         answers = answers if isinstance(answers, list) else [answers]
         try:
             return Answer([Output.of(answer) for answer in answers], prefill)
@@ -82,6 +85,13 @@ class Server:
             raise AskFailed(f"{self.url}{path}: {error}") from error
 
 
+def _decoded(body: bytes, where: str) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise AskFailed(f"{where} does not answer in JSON: {error}") from error
+
+
 def _error(body: bytes) -> tuple[str, str]:
     """(message, code) of an OpenAI error body, or of what else came."""
     try:
@@ -91,7 +101,7 @@ def _error(body: bytes) -> tuple[str, str]:
         return body[:300].decode("utf-8", "replace"), ""
 
 
-def _last_events(body: bytes, case: Case) -> list[dict[str, Any]]:
+def _last_events(body: bytes) -> list[dict[str, Any]]:
     """The last event of each output, which is cumulative, in order. Raises AskFailed for a stream without its end."""
     last: dict[int, dict[str, Any]] = {}
     done = False
@@ -102,7 +112,7 @@ def _last_events(body: bytes, case: Case) -> list[dict[str, Any]]:
         if data == b"[DONE]":
             done = True
             continue
-        event = json.loads(data)
+        event = _decoded(data, "an event")
         if "error" in event:
             raise AskFailed(f"the stream ended with an error: {event['error'].get('message')}")
         last[event.get("index", 0)] = event

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ Judge = Callable[[Case, list[Output]], list[Output]]
 
 ROUNDS = ("one by one", "all at once")
 _DEFAULT_PAGE = 32
+#: How far logprobs may be from those in float32. The significand of bfloat16 has three bits less than float16's.
+_NOISE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ def run_verify(options: Options) -> int:
     """0 when everything that could be compared is equal, else 1. Raises ConfigError, or PdError for a dead server."""
     console = Console(stderr=True)
     server = Server(options.url, options.timeout_s, options.api_key)
-    facts, exact, path = _discover(server)
-    judge = _judge(options, path)
-    tolerance = options.tolerance if options.tolerance is not None else 1e-4 if exact else 0.1
-    rule = Rule(tolerance, exact_draws=exact)
+    facts, dtypes, path = _discover(server)
     cases = [case for case in workload(facts, options.seed) if options.only in case.name]
     if not cases:
         raise ConfigError("--only", f"no request has {options.only!r} in its name")
+    judge = _judge(options, path)
+    rule = rule_for(dtypes, options.tolerance)
     reference = "transformers in float32" if options.reference == TRANSFORMERS else options.reference
     console.print(
         f"{options.url} against {reference}: {len(cases)} requests, {' and '.join(ROUNDS)}; logprobs within "
-        f"{tolerance:g}",
+        f"{rule.tolerance:g}",
         markup=False,
         highlight=False,
     )
@@ -61,6 +62,12 @@ def run_verify(options: Options) -> int:
             findings.append(_finding(case, round, answer, judge, rule))
     _report(findings, options)
     return 1 if any(finding.status in ("differs", "failed") for finding in findings) else 0
+
+
+def rule_for(dtypes: Collection[str], tolerance: float | None) -> Rule:
+    """By the coarsest of the deployment's types; `tolerance` is what the user asked for."""
+    coarse = max((_NOISE.get(dtype, 0.5) for dtype in dtypes), default=1e-4)
+    return Rule(coarse if tolerance is None else tolerance, exact_draws=set(dtypes) <= {"float32"})
 
 
 def _ask(server: Server, cases: list[Case], round: str) -> list[Answer | AskFailed]:
@@ -112,27 +119,34 @@ def _judge(options: Options, path: str) -> Judge:
             known[case.name] = server.ask(case).outputs
         return known[case.name]
 
-    _get(server, "/model_info")
+    role = _get(server, "/server_info").get("role")
+    if role == "prefill":
+        raise ConfigError("--reference", f"{options.reference} is a prefill instance", "name a unified one")
     return judge
 
 
-def _discover(server: Server) -> tuple[Facts, bool, str]:
-    """(sizes, whether logprobs are exact to float32, the model's directory). Raises PdError when nobody answers."""
+def _discover(server: Server) -> tuple[Facts, set[str], str]:
+    """(sizes, types of the weights, the model's directory). Raises PdError when nobody answers who could be asked."""
     model = _get(server, "/model_info")
     info = _get(server, "/server_info")
+    if info.get("role") == "prefill":
+        raise ConfigError("URL", f"{server.url} is a prefill instance", "name the router or a decode instance")
     workers = [info, *(info.get("decode") or ()), *(info.get("prefill") or ())]
     workers = [worker for worker in workers if isinstance(worker, dict)]
     pages = [worker["page_size"] for worker in workers if worker.get("page_size")]
-    exact = all(worker.get("dtype", "float32") == "float32" for worker in workers)
-    facts = Facts(
-        vocab_size=int(model["vocab_size"]),
-        context_length=int(model["max_model_len"]),
-        page_size=int(pages[0]) if pages else _DEFAULT_PAGE,
-    )
-    return facts, exact, str(model.get("model_path", ""))
+    dtypes = {str(worker["dtype"]) for worker in workers if worker.get("dtype")}
+    try:
+        facts = Facts(
+            vocab_size=int(model["vocab_size"]),
+            context_length=int(model["max_model_len"]),
+            page_size=int(pages[0]) if pages else _DEFAULT_PAGE,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PdError(f"{server.url} is no deployment of pd: /model_info lacks {error}") from error
+    return facts, dtypes, str(model.get("model_path", ""))
 
 
-def _get(server: Server, path: str) -> Any:
+def _get(server: Server, path: str) -> dict[str, Any]:
     try:
         return server.get(path)
     except AskFailed as error:

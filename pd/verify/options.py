@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,16 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="X",
-        help="largest difference of two logprobs (default: 1e-4 for float32 weights, 0.1 for 16-bit ones)",
+        help="largest difference of two logprobs (default: 1e-4 for float32 weights, 0.1 for float16, 0.5 for "
+        "bfloat16)",
     )
     add("--seed", type=int, default=0, help="of the prompts (default: 0)")
     add("--only", default="", metavar="TEXT", help="only requests whose name contains TEXT")
     add("--timeout", type=float, default=120.0, metavar="S", help="seconds that one request may take (default: 120)")
     add("--json", metavar="F", help="write the findings to F")
-    add("--api-key", default="", metavar="KEY", help="sent as a bearer token to the deployment and to a reference URL")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="sent as a bearer token to the deployment and to a reference URL (default: PD_API_KEY)",
+    )
 
 
-def resolve(args: argparse.Namespace) -> Options:
+def resolve(args: argparse.Namespace, environ: Mapping[str, str]) -> Options:
     """Raises ConfigError naming the argument at fault."""
     url = _url("URL", args.url)
     reference = args.reference
@@ -72,9 +78,19 @@ def resolve(args: argparse.Namespace) -> Options:
         seed=args.seed,
         only=args.only,
         timeout_s=args.timeout,
-        json_path=Path(args.json) if args.json else None,
-        api_key=args.api_key,
+        json_path=_writable(args.json),
+        api_key=environ.get("PD_API_KEY", "") if args.api_key is None else args.api_key,
     )
+
+
+def _writable(text: str | None) -> Path | None:
+    """Checked at the beginning, so that a long run does not end without its result."""
+    if text is None:
+        return None
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError("--json", f"cannot write {text!r}", "name a file in a folder that exists")
+    return path
 
 
 def _url(name: str, text: str) -> str:

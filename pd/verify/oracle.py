@@ -34,8 +34,10 @@ class Oracle:
     def __init__(self, path: Path) -> None:
         try:
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
         except ModuleNotFoundError as error:
             raise ConfigError("--reference", f"{error.name} is not installed", "pip install transformers") from error
+        logging.disable_progress_bar()
         info = check_model(str(path), tokenizer=False)
         self._limits = ModelLimits(info.vocab_size, info.context_length, info.eos_token_ids, Defaults.read(info.path))
         loaded: Any = AutoModelForCausalLM.from_pretrained(

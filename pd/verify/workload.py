@@ -24,7 +24,7 @@ class Facts:
 class Case:
     """One request for /generate. `prompts` are its prompts as token ids; `sampled` says that draws matter.
 
-    `stream` asks for events, whose last one counts. A case whose `needs` the deployment refuses is skipped.
+    `stream` asks for events, whose last one counts.
     """
 
     name: str
@@ -125,6 +125,7 @@ def _ends(prompts: Prompts) -> Iterator[Case]:
     sampling = {"max_new_tokens": 2 * TOKENS, "temperature": 1.0, "sampling_seed": 17}
     yield Case("json_schema", (prompts.ids(page + 4),), {**sampling, "json_schema": schema})
     yield Case("regex", (prompts.ids(page + 5),), {**sampling, "regex": "[a-f]{4,12}"})
+    yield Case("ebnf", (prompts.ids(page + 6),), {**sampling, "ebnf": 'root ::= "a" root "b" | "c"'})
 
 
 def _logprobs(prompts: Prompts) -> Iterator[Case]:

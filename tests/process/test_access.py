@@ -321,6 +321,7 @@ def test_the_router_offers_the_workers_operations(run_async: Run) -> None:
             assert (await gate.get("/openapi.json")).json["openapi"] == "3.1.0"
             assert (await gate.get("/v1/models/org/tiny")).json["id"] == "org/tiny"
             assert (await gate.get("/v1/models/org%2Ftiny")).json["id"] == "org/tiny"
+            assert (await gate.get("/v1/models/default")).json["id"] == "org/tiny"
             assert (await gate.get("/v1/models/other")).status == 404
             client = await gate.client()
             client.send(b"HEAD /v1/loads HTTP/1.1\r\nhost: router\r\n\r\n")

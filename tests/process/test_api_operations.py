@@ -9,6 +9,7 @@ from api_kit import encode, events, says, serving
 
 import pd
 from pd.api.context import Limits
+from pd.api.metrics import Latencies
 from pd.messages import AbortMatching, Continue, Finish, Pause
 from pd.testing import tiny_tokenizer
 from pd.testing.scripted_scheduler import Reply, tokens_of
@@ -73,10 +74,26 @@ def test_health_generate_fails_within_its_bound_unless_others_get_tokens(run_asy
             await at.until(lambda: at.scheduler.aborts)
             body = {"prompt": "a", "max_tokens": 200}
             busy = asyncio.create_task(at.client.post("/v1/completions", json=body))
-            await at.until(lambda: at.engine.tokens_at)
+            await at.until(at.app.context.latencies.tokens)
             assert (await at.client.get("/health_generate")).status_code == 200
             assert at.engine.open_exchanges == 1
             busy.cancel()
+
+    run_async(main())
+
+
+def test_health_generate_heeds_the_tokens_of_the_instances_other_workers(run_async, model, tmp_path):
+    mine, other = Latencies.shared(tmp_path, 0), Latencies.shared(tmp_path, 1)
+
+    async def main():
+        limits = Limits(probe_s=0.3)
+        async with serving(model, lambda submit: SILENT, limits=limits, latencies=mine) as at:
+            other.inter_token.observe(0.01)
+            assert (await at.client.get("/health_generate")).status_code == 503, "that was before"
+            asked = asyncio.create_task(at.client.get("/health_generate"))
+            await at.until(lambda: len(at.scheduler.submits) == 2)
+            other.inter_token.observe(0.01)
+            assert (await asked).status_code == 200
 
     run_async(main())
 
@@ -96,6 +113,18 @@ def test_health_generate_says_why_it_failed(run_async, model):
         async with serving(model, says("x"), state=InstanceState.STARTING) as at:
             assert (await at.client.get("/health_generate")).status_code == 503
             assert not at.scheduler.submits
+
+    run_async(main())
+
+
+def test_asking_for_the_head_of_an_operation_does_nothing(run_async, model):
+    async def main():
+        async with serving(model, says("x")) as at:
+            for path in ("/flush_cache", "/continue_generation", "/generate"):
+                answer = await at.client.head(path)
+                assert answer.status_code == 405 and "POST" in answer.headers["allow"], path
+            assert [ask.what for ask in at.scheduler.asks] == ["info"]
+            assert (await at.client.head("/v1/models")).status_code == 200
 
     run_async(main())
 
@@ -132,7 +161,7 @@ def test_an_aborted_request_ends_with_that_reason(run_async, model, path, stream
             limit = {"max_tokens": 200} if path == "/v1/completions" else {"max_new_tokens": 200}
             body = {**prompt, **limit, "rid": "mine", "stream": stream}
             task = asyncio.create_task(at.client.post(path, json=body))
-            await at.until(lambda: at.engine.tokens_at)
+            await at.until(at.app.context.latencies.tokens)
             await asyncio.sleep(0.05)
             assert (await at.client.post("/abort_request", json={"rid": "other"})).json() == {"aborted": 0}
             assert (await at.client.post("/abort_request", json={"rid": "mine"})).json() == {"aborted": 1}

@@ -68,6 +68,11 @@ def test_workers_share_the_port_and_every_scrape_tells_of_all_of_them(serve: Run
         assert sample(serve.url, "pd_inter_token_latency_seconds_count") == asked * (TOKENS - 1)
 
 
+def test_every_worker_says_the_same_of_the_model(serve: Running) -> None:
+    cards = [httpx.get(f"{serve.url}/v1/models", timeout=10).text for _ in range(20)]
+    assert len(set(cards)) == 1, "each was asked: the kernel spreads connections"
+
+
 def test_a_worker_that_dies_ends_the_instance(tmp_path: Path) -> None:
     with instance(tmp_path) as serve:
         children = {child_name(child): child for child in psutil.Process(serve.process.pid).children()}

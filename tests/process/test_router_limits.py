@@ -127,6 +127,20 @@ def test_unknown_paths_and_methods_are_told(run_async: Run) -> None:
     run_async(main())
 
 
+def test_a_path_may_end_with_a_slash_or_come_as_a_whole_url(run_async: Run) -> None:
+    async def main() -> None:
+        decode = FakeWorker()
+        async with workers(decode), routing([decode]) as gate:
+            for target in ("/health/", "http://router/health", "HTTP://router:1/health?a=b", "/v1/models/"):
+                assert (await gate.get(target)).status == 200, target
+            for target in ("http://router", "http://router?a", "ftp://router/health", "*"):
+                assert (await gate.get(target)).status == 404, target
+            assert (await gate.post("http://router/generate?a=b")).json["target"] == "/generate?a=b"
+            assert (await gate.get("/generate", "PUT")).json["target"] == "/generate"
+
+    run_async(main())
+
+
 def test_slow_clients_are_bounded_at_every_stage(run_async: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         decode = FakeWorker()

@@ -300,7 +300,7 @@ def test_a_worker_that_says_nonsense_of_itself_harms_nobody(run_async: Run, nons
     async def main() -> None:
         class Odd(FakeWorker):
             async def handle(self, call: Call) -> None:
-                if call.target in ("/server_info", "/v1/models"):
+                if call.target in ("/server_info", "/v1/models", "/v1/loads", "/get_load"):
                     call.answer(200, nonsense)
                 else:
                     await super().handle(call)
@@ -309,6 +309,7 @@ def test_a_worker_that_says_nonsense_of_itself_harms_nobody(run_async: Run, nons
         async with workers(odd, good), routing([odd, good]) as gate:
             assert (await gate.post()).status == 200
             assert [m["id"] for m in (await gate.get("/v1/models")).json["data"]] == ["tiny"]
+            assert (await gate.get("/v1/loads")).status == (await gate.get("/get_load")).status == 200
             checks = odd.checks
             await eventually(lambda: odd.checks > checks + 1)
 

@@ -7,7 +7,9 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,42 @@ def test_another_model_is_found_at_the_first_token(
     code, text, found = verify(tmp_path, pair.url, "--model", other, "--only", "greedy, prompt of 17")
     assert code == 1, text
     assert "prefill: the first token 0" in found["first_divergence"]["detail"]
+
+
+@pytest.mark.parametrize("url", ["", "--reference"])
+def test_a_prefill_instance_is_no_deployment_to_ask(pair: Deployment, tmp_path: Path, url: str) -> None:
+    arguments = (pair.url, "--reference", pair.prefill) if url else (pair.prefill,)
+    code, text, found = verify(tmp_path, *arguments)
+    assert code == 2 and f"{url or 'URL'}: {pair.prefill} is a prefill instance" in text and not found
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (b"<html>", "/model_info does not answer in JSON"),
+        (b"[]", "/model_info answers in an unknown form"),
+        (b'{"model_path": "m"}', "is no deployment of pd: /model_info lacks 'vocab_size'"),
+    ],
+)
+def test_a_server_of_another_kind_is_an_error_in_one_line(tmp_path: Path, body: bytes, problem: str) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            code, text, found = verify(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert code == 1 and problem in text and text.count("\n") == 1 and not found
 
 
 def test_a_deployment_that_is_not_there_is_an_error_and_not_a_success(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from pd import logs
 from pd.access import Access, client_tls, server_tls
 from pd.config import HttpConfig, LogConfig, RouteConfig, ServeConfig, UpConfig, secret_values
 from pd.errors import ConfigError
+from pd.instance import Plan
+from pd.models.info import check_model
 from pd.router.workers import Fleet
+from pd.rules import builtin_model
 from pd.settings import parse, settings_table
 
 
@@ -181,3 +185,16 @@ def test_authorities_must_be_certificates_and_of_use(files: dict[str, str]) -> N
 def test_a_worker_by_https_has_that_scheme_and_its_port() -> None:
     config = parse(RouteConfig, ["--decode", "https://d", "--prefill", "https://p:9"], {})
     assert config.decode == ("https://d:443",) and config.prefill == ("https://p:9",)
+
+
+@pytest.mark.parametrize(
+    ("line", "url"),
+    [
+        ("", "http://127.0.0.1:30000"),
+        ("--ssl-certfile c --host ::1", "https://[::1]:30000"),
+        ("--ssl-certfile c --name p0", "p0"),
+    ],
+)
+def test_an_instance_is_known_to_its_peers_by_the_url_that_clients_ask(line: str, url: str) -> None:
+    plan = Plan(serve(line), check_model(builtin_model()), "p", 1, "127.0.0.1", Path("/nowhere"))
+    assert plan.scheduler().config.settings.http == url

@@ -233,6 +233,7 @@ def test_what_cannot_be_served_is_refused_by_name(
         ("qwen2", {"use_sliding_window": True, "max_window_layers": None, "layer_types": None}, "max_window_layers"),
         ("qwen3", {"head_dim": 8}, "has shape"),
         ("qwen2", {"use_mrope": True}, "use_mrope True"),
+        ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 64}}, "dual chunk attention is not supported"),
     ],
 )
 def test_what_an_architecture_does_not_compute_is_refused_by_name(

@@ -11,10 +11,10 @@ import pytest
 
 from pd.errors import ConfigError
 from pd.verify.client import AskFailed, _last_events
-from pd.verify.command import first_divergence
+from pd.verify.command import first_divergence, rule_for
 from pd.verify.compare import Divergence, Output, Part, Rule, Verdict, compare
 from pd.verify.options import add_arguments, resolve
-from pd.verify.workload import Case, Facts, workload
+from pd.verify.workload import Facts, workload
 
 EXACT, NOISY = Rule(1e-4), Rule(0.1, exact_draws=False)
 
@@ -127,22 +127,19 @@ def test_an_answer_of_generate_is_read_in_full() -> None:
     assert found == Output([5], [(-1.0, 5)], [{5: -1.0, 6: -2.0}], [(None, 3)], "stop x", "t")
 
 
-CASE = Case("c", ((1, 2),), {"n": 2}, stream=True)
-
-
 def event(index: int, text: str) -> bytes:
     return b"data: %s\n\n" % json.dumps({"index": index, "text": text}).encode()
 
 
 def test_of_a_stream_the_last_event_of_each_output_counts() -> None:
     body = event(1, "b") + event(0, "a") + event(1, "bb") + b"data: [DONE]\n\n"
-    assert [found["text"] for found in _last_events(body, CASE)] == ["a", "bb"]
+    assert [found["text"] for found in _last_events(body)] == ["a", "bb"]
 
 
 @pytest.mark.parametrize("body", [event(0, "a"), event(0, "a") + b'data: {"error": {"message": "gone"}}\n\n'])
 def test_a_stream_that_is_cut_or_fails_is_no_answer(body: bytes) -> None:
     with pytest.raises(AskFailed):
-        _last_events(body, CASE)
+        _last_events(body)
 
 
 def test_the_workload_is_the_same_for_the_same_seed_and_fits_the_model() -> None:
@@ -156,19 +153,41 @@ def test_the_workload_is_the_same_for_the_same_seed_and_fits_the_model() -> None
             assert all(0 <= token < facts.vocab_size for token in prompt)
 
 
-def resolved(*argv: str) -> Any:
+def resolved(*argv: str, **environ: str) -> Any:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return resolve(parser.parse_args(argv))
+    return resolve(parser.parse_args(argv), environ)
 
 
 def test_an_address_needs_no_scheme() -> None:
     assert resolved("localhost:8000/").url == "http://localhost:8000"
 
 
+def test_the_key_is_the_one_that_was_given_or_the_deployments_own_variable() -> None:
+    assert resolved("x").api_key == ""
+    assert resolved("x", PD_API_KEY="a").api_key == "a"
+    assert resolved("x", "--api-key", "b", PD_API_KEY="a").api_key == "b"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "asked", "rule"),
+    [
+        (["float32"], None, Rule(1e-4)),
+        (["float16"], None, Rule(0.1, exact_draws=False)),
+        (["float32", "bfloat16"], None, Rule(0.5, exact_draws=False)),
+        (["bfloat16"], 0.2, Rule(0.2, exact_draws=False)),
+        ([], None, Rule(1e-4)),
+    ],
+)
+def test_the_coarsest_weights_set_the_tolerance(dtypes: list[str], asked: float | None, rule: Rule) -> None:
+    assert rule_for(dtypes, asked) == rule
+
+
 @pytest.mark.parametrize(
     ("argv", "field"),
     [
+        (["x", "--json", "/nowhere/at/all"], "--json"),
+        (["x", "--json", "/tmp"], "--json"),
         (["ftp://x"], "URL"),
         (["x", "--reference", "http://"], "--reference"),
         (["x", "--model", "/nowhere/at/all"], "--model"),
