@@ -445,7 +445,7 @@ BAD = [
     ("/v1/completions", {"prompt": [5, "x"]}, "prompt"),
     ("/v1/completions", {"prompt": []}, "prompt"),
     ("/v1/completions", {}, None),
-    ("/v1/completions", {"prompt": "Hi", "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ("/v1/completions", {"prompt": "Hi", "stop": ["a"] * 65}, "stop"),
     ("/v1/completions", {"prompt": "Hi", "stop": ""}, "stop"),
     ("/v1/completions", {"prompt": "Hi", "logprobs": 99}, "logprobs"),
     ("/v1/completions", {"prompt": "Hi", "logit_bias": {"x": 1}}, "logit_bias"),
@@ -482,6 +482,9 @@ BAD = [
     ("/generate", {"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}]}, "sampling_params.n"),
     ("/generate", {"text": ["a", "b"], "rid": ["only one"]}, "rid"),
     ("/generate", {"text": "a", "return_logprob": True, "logprob_start_len": 90}, "logprob_start_len"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [[1], 2]}, "token_ids_logprob"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [2, [1]]}, "token_ids_logprob"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [[1]]}, "token_ids_logprob"),
 ]
 
 
