@@ -35,7 +35,6 @@ class GenerateRequest(RequestFields, kw_only=True):
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     sampling_params: NativeSampling | list[NativeSampling] | None = None
-    rid: str | list[str] | None = None
     stream: bool | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
@@ -169,7 +168,6 @@ async def plan_generate(context: Context, http: Http, request: GenerateRequest, 
                 index,
                 count,
                 field=name,
-                rid=nth(request.rid, index, count, "rid") if isinstance(request.rid, list) else None,
                 default_max_tokens=NEW_TOKENS,
                 logprob_start=start,
                 prompt_top_logprobs=item.top if start >= 0 else 0,

@@ -29,7 +29,6 @@ class OpenAIRequest(RequestFields, kw_only=True):
     max_tokens: int | None = None
     min_tokens: int | None = None
     add_special_tokens: bool | None = None
-    rid: str | None = None
     # What constrains the output: see pd.api.grammar.
     response_format: Any = None
     structured_outputs: Any = None
