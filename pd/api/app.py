@@ -12,7 +12,7 @@ import msgspec
 from pd.api import answers, openapi
 from pd.api.chat import ChatRequest, plan_chat
 from pd.api.completions import CompletionRequest, plan_completion
-from pd.api.context import Context
+from pd.api.context import Context, request_id
 from pd.api.generate import Generator, Writers
 from pd.api.http import ClientDisconnected, Http, Receive, Scope, Send, http_error
 from pd.api.native import GenerateRequest, plan_generate
@@ -108,17 +108,17 @@ class App:
 
     async def completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._completion)
-        rid = request.rid or http.request_id()
+        rid = request_id(http, request)
         await self._generator.run(http, arrived, rid, lambda rid: plan_completion(self.context, http, request, rid))
 
     async def chat_completions(self, http: Http) -> None:
         arrived, request = await self._read(http, self._chat)
-        rid = request.rid or http.request_id()
+        rid = request_id(http, request)
         await self._generator.run(http, arrived, rid, lambda rid: plan_chat(self.context, http, request, rid))
 
     async def generate(self, http: Http) -> None:
         arrived, request = await self._read(http, self._generate)
-        rid = (request.rid if isinstance(request.rid, str) else None) or http.request_id()
+        rid = request_id(http, request)
         await self._generator.run(http, arrived, rid, lambda rid: plan_generate(self.context, http, request, rid))
 
     async def _read(self, http: Http, decoder: msgspec.json.Decoder[Any]) -> tuple[float, Any]:

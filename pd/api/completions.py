@@ -75,8 +75,10 @@ class CompletionPlan(OpenAIPlan):
     def logprobs(self, choice: Choice, begin: int) -> Any:
         form = self._formats.get(choice)
         if form is None:
-            form = self._formats[choice] = CompletionLogprobs(self._context.tokenizer, self._top or 0, self._texts)
-            generation = choice.generation
+            generation, tokenizer = choice.generation, self._context.tokenizer
+            skips = generation.prompt.skip_special_tokens
+            form = CompletionLogprobs(tokenizer, self._top or 0, self._texts, skips=skips)
+            self._formats[choice] = form
             if self._echoes and generation.prompt_logprobs is not None:
                 form.add_prompt(generation.prompt.tokens, generation.prompt_logprobs, self._echoes[generation.index])
         return form.format(choice.ids, choice.logprobs, begin)

@@ -91,9 +91,10 @@ class RequestFields(SamplingFields, kw_only=True):
     """Fields of every generating request: how to draw, and where."""
 
     model: str | None = None
+    rid: str | list[str] | None = None
     priority: int | None = None
-    cache_salt: str | None = None
-    extra_key: str | None = None
+    cache_salt: str | list[str | None] | None = None
+    extra_key: str | list[str | None] | None = None
     bootstrap_host: str | list[str | None] | None = None
     bootstrap_port: int | list[int | None] | None = None
     bootstrap_room: int | list[int | None] | None = None
@@ -180,7 +181,6 @@ class PromptBuilder:
         count: int,
         *,
         field: str,
-        rid: str | None = None,
         default_max_tokens: int | None = None,
         logprob_start: int = -1,
         prompt_top_logprobs: int = 0,
@@ -214,7 +214,7 @@ class PromptBuilder:
         return Prompt(
             tokens=tokens,
             sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens),
-            rid=rid or (self.rid if count == 1 else f"{self.rid}-{index}"),
+            rid=self._name(index, count),
             stop=wishes.stop,
             include_stop=wishes.include_stop,
             skip_special_tokens=wishes.skip_special_tokens,
@@ -223,11 +223,21 @@ class PromptBuilder:
             prefills=prefills,
             room=room,
             priority=self.fields.priority or 0,
-            salt=self.fields.cache_salt or self.fields.extra_key or "",
+            salt=self._salt(index, count),
             shown_tokens=shown_tokens,
             score_only=score_only,
             choices=wishes.n,
         )
+
+    def _name(self, index: int, count: int) -> str:
+        """The client's own for each prompt, or the request's with the prompt's number."""
+        own = nth(self.fields.rid, index, count, "rid") if isinstance(self.fields.rid, list) else None
+        return own or (self.rid if count == 1 else f"{self.rid}-{index}")
+
+    def _salt(self, index: int, count: int) -> str:
+        """Prompts share KV where both fields are the same."""
+        parts = (nth(getattr(self.fields, name), index, count, name) for name in ("cache_salt", "extra_key"))
+        return "\n".join(part for part in parts if part)
 
     def _max_tokens(self, prompt: int, wishes: Wishes, field: str, default: int | None) -> int:
         """The client's, else the model's or the API's default; without any, what context and pool have room for."""
@@ -257,3 +267,8 @@ class PromptBuilder:
 
 def mint_rid() -> str:
     return uuid.uuid4().hex
+
+
+def request_id(http: Http, fields: RequestFields) -> str | None:
+    """The client's id for the request as a whole; None where it gave none, or one for each prompt."""
+    return (fields.rid if isinstance(fields.rid, str) else None) or http.request_id()

@@ -82,10 +82,13 @@ def prompt_logprobs(texts: TokenTexts, ids: Sequence[int], logprobs: Logprobs, t
 
 
 class CompletionLogprobs:
-    """Completions' `logprobs`, whose text offsets run on from chunk to chunk. `names`: how tokens are shown."""
+    """Completions' `logprobs`, whose text offsets run on from chunk to chunk.
 
-    def __init__(self, texts: TokenTexts, top: int, names: TokenTexts | None = None) -> None:
-        self._texts, self._top, self._names = texts, top, names or texts
+    `names`: how tokens are shown. `skips`: special tokens are not in the output's text.
+    """
+
+    def __init__(self, texts: TokenTexts, top: int, names: TokenTexts | None = None, *, skips: bool = True) -> None:
+        self._texts, self._top, self._names, self._skips = texts, top, names or texts, skips
         self._offset = 0
         self._prompt: dict[str, list[Any]] | None = None
 
@@ -102,7 +105,8 @@ class CompletionLogprobs:
         """Of the tokens from `begin` on, after those of the prompt, once."""
         found, self._prompt = self._prompt or self._lists(), None
         for at in range(begin, len(ids)):
-            self._add(found, ids[at], len(self._texts.token_text(ids[at])), logprobs, at)
+            hidden = self._skips and self._texts.is_special(ids[at])
+            self._add(found, ids[at], 0 if hidden else len(self._texts.token_text(ids[at])), logprobs, at)
         return {**found, "top_logprobs": found["top_logprobs"] or None}
 
     @staticmethod

@@ -6,6 +6,7 @@ puts null.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pd.api.context import Context, PromptBuilder, RequestFields, check_model, named_prefills, nth
@@ -34,7 +35,6 @@ class GenerateRequest(RequestFields, kw_only=True):
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
     sampling_params: NativeSampling | list[NativeSampling] | None = None
-    rid: str | list[str] | None = None
     stream: bool | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
@@ -168,7 +168,6 @@ async def plan_generate(context: Context, http: Http, request: GenerateRequest, 
                 index,
                 count,
                 field=name,
-                rid=nth(request.rid, index, count, "rid") if isinstance(request.rid, list) else None,
                 default_max_tokens=NEW_TOKENS,
                 logprob_start=start,
                 prompt_top_logprobs=item.top if start >= 0 else 0,
@@ -201,6 +200,18 @@ async def _prompts(context: Context, request: GenerateRequest) -> tuple[list[lis
     return (await context.tokenizer.encode(items) if name == "text" else list(items)), batch, name
 
 
+def _of_each(ids: Sequence[int | list[int]], index: int, count: int) -> list[int]:
+    """Of a prompt: a list for each, or one for all."""
+    lists = [item for item in ids if isinstance(item, list)]
+    if not lists:
+        return [item for item in ids if isinstance(item, int)]
+    if len(lists) < len(ids):
+        problem = "token_ids_logprob must not mix token ids and lists of token ids"
+        raise RequestError(problem, param="token_ids_logprob")
+    own: list[int] = nth(lists, index, count, "token_ids_logprob")
+    return own
+
+
 class _Item:
     """One prompt's share of the request: every field may be a list with one element per prompt."""
 
@@ -214,8 +225,7 @@ class _Item:
         self.logprobs: bool = of("return_logprob", False)
         self.start: int = of("logprob_start_len", -1)
         self.top: int = of("top_logprobs_num", 0)
-        ids = request.token_ids_logprob or []
-        self.ids: list[int] = of("token_ids_logprob", []) if ids and isinstance(ids[0], list) else ids  # type: ignore[assignment]
+        self.ids = _of_each(request.token_ids_logprob or [], index, count)
         if self.start < -1:
             raise RequestError(f"logprob_start_len must be -1 or more, got {self.start}", param="logprob_start_len")
         if not 0 <= self.top <= MAX_TOP_LOGPROBS:
@@ -223,7 +233,7 @@ class _Item:
                 f"top_logprobs_num must be between 0 and {MAX_TOP_LOGPROBS}, got {self.top}", param="top_logprobs_num"
             )
         vocab = context.served.limits.vocab_size
-        if not all(isinstance(token_id, int) and 0 <= token_id < vocab for token_id in self.ids):
+        if not all(0 <= token_id < vocab for token_id in self.ids):
             raise RequestError(f"token_ids_logprob must be token ids from 0 to {vocab - 1}", param="token_ids_logprob")
 
     async def wishes(self) -> Wishes:

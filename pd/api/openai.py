@@ -11,7 +11,7 @@ import msgspec
 from pd.api.context import Context, RequestFields, check_model
 from pd.api.exchange import Choice, Exchange, Generation, Prompt
 from pd.api.logprobs import TokenNumbers, TokenTexts, prompt_logprobs
-from pd.api.params import MAX_STOPS_OPENAI, Wishes, resolve
+from pd.api.params import Wishes, resolve
 from pd.api.sse import DONE, ChunkTemplate
 from pd.errors import RequestError
 
@@ -29,7 +29,6 @@ class OpenAIRequest(RequestFields, kw_only=True):
     max_tokens: int | None = None
     min_tokens: int | None = None
     add_special_tokens: bool | None = None
-    rid: str | None = None
     # What constrains the output: see pd.api.grammar.
     response_format: Any = None
     structured_outputs: Any = None
@@ -276,7 +275,6 @@ def resolve_wishes(
         max_tokens=limit,
         min_tokens=("min_tokens", request.min_tokens),
         fewest_tokens=fewest_tokens,
-        max_stops=MAX_STOPS_OPENAI,
         logprobs=logprobs,
         top_logprobs=top,
         grammar=grammar,

@@ -18,8 +18,7 @@ import msgspec
 from pd.errors import ModelError, RequestError
 from pd.types import MAX_CHOICES, SamplingParams
 
-#: OpenAI's bound on stop strings, and pd's own where the API has none.
-MAX_STOPS_OPENAI = 4
+#: Stop strings of one request. OpenAI takes 4; SGLang and vLLM have no bound, and evaluation harnesses send more.
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_TOP_LOGPROBS = 128
@@ -188,7 +187,6 @@ def resolve(
     max_tokens: tuple[str, int | None],
     min_tokens: tuple[str, int | None],
     fewest_tokens: int = 1,
-    max_stops: int = MAX_STOPS,
     prefix: str = "",
     logprobs: bool = False,
     top_logprobs: int = 0,
@@ -227,7 +225,7 @@ def resolve(
     )
     return Wishes(
         sampling=sampling,
-        stop=_stops(fields.stop, max_stops, check),
+        stop=_stops(fields.stop, check),
         include_stop=bool(fields.include_stop_str_in_output or fields.no_stop_trim),
         skip_special_tokens=fields.skip_special_tokens is not False,
         max_tokens=most if most is not None else model.defaults.max_tokens,
@@ -275,10 +273,10 @@ def _logit_bias(bias: Mapping[str, float] | None, vocab_size: int, check: _Check
     return found
 
 
-def _stops(stop: str | list[str] | None, most: int, check: _Checker) -> tuple[str, ...]:
+def _stops(stop: str | list[str] | None, check: _Checker) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(stops) > most:
-        raise check.error("stop", f"must be at most {most} strings, got {len(stops)}")
+    if len(stops) > MAX_STOPS:
+        raise check.error("stop", f"must be at most {MAX_STOPS} strings, got {len(stops)}")
     for text in stops:
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise check.error("stop", f"every string must have 1 to {MAX_STOP_LENGTH} characters, got {len(text)}")

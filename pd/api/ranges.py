@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pd.api.context import Limits, Served
-from pd.api.params import MAX_STOP_LENGTH, MAX_STOPS, MAX_STOPS_OPENAI, MAX_TOP_LOGPROBS
+from pd.api.params import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS
 
 Ranges = Mapping[str, Mapping[str, Any]]
 
@@ -65,7 +65,6 @@ _EITHER: Mapping[str, tuple[str, str]] = {
 
 def narrow(name: str, schema: dict[str, Any], served: Served, limits: Limits) -> None:
     """The properties of one request's schema, `name`, are what is accepted."""
-    native = name in ("GenerateRequest", "NativeSampling")
     token = {"type": "integer", "minimum": 0, "maximum": served.limits.vocab_size - 1}
     own: dict[str, Mapping[str, Any]] = {
         **_ANYWHERE,
@@ -82,7 +81,7 @@ def narrow(name: str, schema: dict[str, Any], served: Served, limits: Limits) ->
             if form.get("type") in ("integer", "number"):
                 form.update(own.get(field, {}))
             elif form.get("type") == "array":
-                _narrow_list(field, form, token, own.get(field, {}), native)
+                _narrow_list(field, form, token, own.get(field, {}))
             elif field == "stop":
                 form.update(minLength=1, maxLength=MAX_STOP_LENGTH)
             elif field == "logit_bias" and form.get("type") == "object":
@@ -95,9 +94,7 @@ def narrow(name: str, schema: dict[str, Any], served: Served, limits: Limits) ->
             value["anyOf"] = [{"enum": [*dict.fromkeys(names)]}, {"type": "null"}]
 
 
-def _narrow_list(
-    field: str, form: dict[str, Any], token: Mapping[str, Any], item: Mapping[str, Any], native: bool
-) -> None:
+def _narrow_list(field: str, form: dict[str, Any], token: Mapping[str, Any], item: Mapping[str, Any]) -> None:
     if field in ("prompt", "input_ids", "text", "tokens"):
         texts = [{"type": "string"}]
         ids: list[dict[str, Any]] = [{**token}, {"type": "array", "items": token, "minItems": int(field != "tokens")}]
@@ -110,8 +107,7 @@ def _narrow_list(
     elif field == "messages":
         form.update(items=_MESSAGE, minItems=1)
     elif field == "stop":
-        most = MAX_STOPS if native else MAX_STOPS_OPENAI
-        form.update(items={"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}, maxItems=most)
+        form.update(items={"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}, maxItems=MAX_STOPS)
     elif field == "stop_token_ids":
         form["items"] = token
     elif field == "token_ids_logprob":

@@ -58,7 +58,7 @@ class Constraint:
             try:
                 self._check(self.matcher)
             except Unusable as error:
-                self.problem = f"the output cannot be constrained: {error}"
+                self.problem = str(error)
         return not self.problem
 
     def _check(self, matcher: LLMatcher) -> None:
@@ -220,4 +220,5 @@ def _reason(error: BaseException) -> str:
 
 def _first_lines(error: str) -> str:
     """Without the library's internals."""
-    return error.partition("\n<")[0].strip()
+    first = error.partition("\n<")[0].strip()
+    return "no output matches the grammar" if first == "NoExtensionBias" else first

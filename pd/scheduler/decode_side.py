@@ -14,7 +14,7 @@ from pd.scheduler.handoff import (
     GrantReturned,
     Ready,
 )
-from pd.scheduler.handoff_base import LEG_DROPPED, handoff_log
+from pd.scheduler.handoff_base import LEG_DROPPED, UNCONSTRAINABLE, handoff_log
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 from pd.scheduler.rooms import label_of
 
@@ -126,8 +126,7 @@ class DecodeSide:
         fields = {"prefill": notice.endpoint, "reason": notice.reason, "retry": notice.retryable}
         self.core.out.append(handoff_log("handoff_failed", request.rid, notice.id, "warning", **fields))
         if not notice.retryable:
-            status = 504 if "deadline" in notice.reason else 499 if notice.reason == LEG_DROPPED else 500
-            choices.fail(self.core, request, f"prefill failed: {notice.reason}", status)
+            choices.fail(self.core, request, f"prefill failed: {notice.reason}", _status_of(notice.reason))
         elif request.choices > 1 and request.started:
             choices.scatter(self.core, request)
         else:
@@ -194,3 +193,10 @@ class DecodeSide:
             self.handoffs.tell(now, endpoint, answer)
         self._fresh.clear()
         self._owed.clear()
+
+
+def _status_of(reason: str) -> int:
+    """Of a request whose hand-off failed for good."""
+    if reason.startswith(UNCONSTRAINABLE):
+        return 400
+    return 504 if "deadline" in reason else 499 if reason == LEG_DROPPED else 500

@@ -6,6 +6,7 @@ from pd.messages import StepDone
 from pd.scheduler import events as ev
 from pd.scheduler.batch import InFlight
 from pd.scheduler.core import Core
+from pd.scheduler.handoff_base import UNCONSTRAINABLE
 from pd.scheduler.prefill_side import PrefillSide
 from pd.scheduler.request import Request, State
 
@@ -16,7 +17,7 @@ def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InF
     for failed in done.failed:
         request, epoch = rows[failed.index]
         if request.epoch == epoch:
-            _refuse(core, prefill, now, request, failed.reason, 500)
+            _refuse(core, prefill, now, request, failed.reason)
 
 
 def grammar_compiled(core: Core, prefill: PrefillSide | None, event: ev.GrammarCompiled) -> None:
@@ -24,16 +25,16 @@ def grammar_compiled(core: Core, prefill: PrefillSide | None, event: ev.GrammarC
     for request in core.grammars.compiled(event.number, event.problem):
         if request.state is State.WAITING:  # has not ended meanwhile
             if event.problem:
-                reason = f"the output cannot be constrained: {event.problem}"
-                _refuse(core, prefill, event.now, request, reason, 400)
+                _refuse(core, prefill, event.now, request, event.problem)
             else:
                 core.waiting.push(request)
 
 
-def _refuse(core: Core, prefill: PrefillSide | None, now: float, request: Request, reason: str, status: int) -> None:
-    """No other instance could do it either."""
+def _refuse(core: Core, prefill: PrefillSide | None, now: float, request: Request, problem: str) -> None:
+    """No other instance could do it either: it is the grammar that is at fault, and so the client."""
+    reason = f"{UNCONSTRAINABLE}: {problem}"
     if request.remote is not None:
         assert prefill is not None
         prefill.handoffs.fail(now, request.remote, reason, retryable=False)
     else:
-        core.fail(request, reason, status)
+        core.fail(request, reason, 400)

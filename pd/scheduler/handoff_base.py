@@ -306,6 +306,9 @@ PrefillNotice: TypeAlias = Accepted | Stop | SourceFree | RoomAnswered | RoomExp
 #: Why a hand-off fails whose prefill leg was dropped: by then the client has left both.
 LEG_DROPPED = "the client of its prefill leg has gone"
 
+#: Why a hand-off failed whose request asks for what no output can be: its client's error.
+UNCONSTRAINABLE = "the output cannot be constrained"
+
 
 # --- life-cycle lines -------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,22 @@ def test_completion_logprobs_align_with_the_tokens(run_async, model):
     run_async(main())
 
 
+@pytest.mark.parametrize("skipped", [True, False])
+def test_text_offsets_count_special_tokens_where_they_are_text(run_async, model, skipped):
+    tokens = (*encode("ab"), tiny_tokenizer.EOS, *encode("cd"))
+
+    async def main():
+        async with serving(model, lambda submit: Reply(tokens=tokens)) as at:
+            asked = {"prompt": "a", "ignore_eos": True, "skip_special_tokens": skipped, "logprobs": 0, "max_tokens": 9}
+            choice = (await at.client.post("/v1/completions", json=asked)).json()["choices"][0]
+            assert choice["text"] == ("abcd" if skipped else "ab<|eos|>cd")
+            found = choice["logprobs"]
+            texts = [*zip(found["tokens"], found["text_offset"], strict=True)]
+            assert all(choice["text"].startswith(token, at) for token, at in texts if token != "<|eos|>")
+
+    run_async(main())
+
+
 def test_an_echo_begins_the_answer_with_its_prompt_and_the_prompts_logprobs(run_async, model):
     async def main():
         async with serving(model, says(" there")) as at:
@@ -445,7 +461,7 @@ BAD = [
     ("/v1/completions", {"prompt": [5, "x"]}, "prompt"),
     ("/v1/completions", {"prompt": []}, "prompt"),
     ("/v1/completions", {}, None),
-    ("/v1/completions", {"prompt": "Hi", "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ("/v1/completions", {"prompt": "Hi", "stop": ["a"] * 65}, "stop"),
     ("/v1/completions", {"prompt": "Hi", "stop": ""}, "stop"),
     ("/v1/completions", {"prompt": "Hi", "logprobs": 99}, "logprobs"),
     ("/v1/completions", {"prompt": "Hi", "logit_bias": {"x": 1}}, "logit_bias"),
@@ -482,6 +498,9 @@ BAD = [
     ("/generate", {"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 3}]}, "sampling_params.n"),
     ("/generate", {"text": ["a", "b"], "rid": ["only one"]}, "rid"),
     ("/generate", {"text": "a", "return_logprob": True, "logprob_start_len": 90}, "logprob_start_len"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [[1], 2]}, "token_ids_logprob"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [2, [1]]}, "token_ids_logprob"),
+    ("/generate", {"text": ["a", "b"], "token_ids_logprob": [[1]]}, "token_ids_logprob"),
 ]
 
 
@@ -725,6 +744,11 @@ def test_a_clients_own_id_names_its_request_whatever_a_router_calls_it(run_async
                 await at.client.post("/generate", json={"text": ["a", "b"], "rid": "mine"}, headers=routed)
             ).json()
             assert [a["meta_info"]["id"] for a in answers] == ["mine-0", "mine-1"]
+            several = {"prompt": ["a", "b"], "rid": ["p", "q"], "cache_salt": ["s", None], "extra_key": "t"}
+            assert (await at.client.post("/v1/completions", json=several, headers=routed)).json()["id"] == "cmpl-minted"
+            assert [(s.rid, s.salt) for s in at.scheduler.submits[-2:]] == [("p", "s\nt"), ("q", "t")]
+            assert (await at.client.post("/v1/chat/completions", json={**CHAT, "rid": ["c"]})).status_code == 200
+            assert at.scheduler.submits[-1].rid == "c"
 
     run_async(main())
 

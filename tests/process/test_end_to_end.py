@@ -251,6 +251,8 @@ def test_clients_of_openai_get_json_and_bad_grammars_are_400(llama: Deployment) 
         ({"guided_json": {"not": {}}}, "guided_json"),
         ({"structured_outputs": {"grammar": "start: <|no_such_token|>"}}, None),  # only the tokenizer knows
         ({"regex": "(", "temperature": 0}, "regex"),
+        ({"ebnf": "root ::= root"}, None),  # nothing matches
+        ({"ebnf": 'root ::= "a" root', "n": 2}, None),  # what matches has no end
     ]:
         bad = httpx.post(f"{llama.url}/v1/completions", json={"prompt": "Go", **fields}, timeout=90)
         assert bad.status_code == 400 and bad.json()["error"]["param"] == param, bad.text

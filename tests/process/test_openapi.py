@@ -297,7 +297,7 @@ def test_a_described_range_is_the_one_that_is_checked(url: str, document: dict[s
         ("/v1/completions", "prompt", ["a"], []),
         ("/v1/completions", "prompt", [0, 1], [0, "a"]),
         ("/v1/completions", "prompt", [[0]], [[]]),
-        ("/v1/completions", "stop", ["a"] * 4, ["a"] * 5),
+        ("/v1/completions", "stop", ["a"] * 64, ["a"] * 65),
         ("/v1/completions", "stop", "a" * 1024, "a" * 1025),
         ("/v1/completions", "stop_token_ids", [0], [-1]),
         ("/v1/completions", "logit_bias", {"5": 100}, {"5": 101}),
@@ -308,6 +308,7 @@ def test_a_described_range_is_the_one_that_is_checked(url: str, document: dict[s
         ("/v1/chat/completions", "messages", [{"role": "user", "content": "a", "name": "x"}], [{"role": "user"}]),
         ("/generate", "stop", ["a"] * 64, ["a"] * 65),
         ("/generate", "token_ids_logprob", [0], [1 << 20]),
+        ("/generate", "token_ids_logprob", [[0]], [[0], 1]),
     ],
 )
 def test_a_described_form_is_the_one_that_is_checked(

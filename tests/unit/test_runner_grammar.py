@@ -194,7 +194,7 @@ def test_a_request_that_cannot_go_on_fails_alone(driver: Driver) -> None:
     reasons = {row.index: row.reason for row in done.failed}
     assert set(reasons) == {1, 2}
     assert "doesn't satisfy the grammar" in reasons[1] and "\n<" not in reasons[1]
-    assert "the output cannot be constrained: " in reasons[2]
+    assert "Expected token" in reasons[2]
     assert len(done.counts_u8) == 4 and sum(done.counts_u8) == 4
     again = driver.step(dict.fromkeys((1, 2, 3, 4), 1))  # was ordered before anybody knew
     assert {row.index for row in again.failed} == {1, 2}
@@ -219,7 +219,7 @@ def test_compiling_answers_for_every_grammar(grammars: Grammars) -> None:
     good, again, wrong, never, long = answers(grammars, REGEX, REGEX, "start: missing", endless, long)
     assert good == again == ""
     assert "missing" in wrong
-    assert "NoExtension" in never
+    assert never == "no output matches the grammar"
     assert "characters" in long
     assert not grammars.take_compiled()
 

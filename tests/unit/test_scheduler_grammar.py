@@ -106,7 +106,7 @@ def test_a_row_that_fails_ends_its_request_and_no_other() -> None:
         compiled(instance, 1)
         instance.run()
         assert len(other.tokens) == 6
-        assert not client.tokens and error_of(client).status == 500
+        assert not client.tokens and error_of(client).status == 400
         assert "no token fits" in error_of(client).message
         assert instance.audit()["owned"] == 0
 
@@ -120,7 +120,7 @@ def test_a_row_that_fails_while_decoding_gives_none_of_its_tokens_out() -> None:
         instance.finish_step()
     instance.runner.fails = "g"
     instance.run()
-    assert error_of(client).status == 500 and len(client.tokens) == 3 and len(other.tokens) == 9
+    assert error_of(client).status == 400 and len(client.tokens) == 3 and len(other.tokens) == 9
     assert instance.audit()["owned"] == 0
 
 
@@ -152,7 +152,7 @@ def test_what_the_prefill_instances_runner_cannot_constrain_is_an_error_and_not_
         client = sim.submit(sim.nodes["d0"], prompt(19), 5, grammar="g")
         other = sim.submit(sim.nodes["d0"], prompt(19, 2), 5)
         assert sim.settle(20), "a request never ended"
-        assert error_of(client).status == 500 and "no token fits" in error_of(client).message
+        assert error_of(client).status == 400 and "no token fits" in error_of(client).message
         assert len(other.tokens) == 5 and sim.nodes["p1"].scheduler.core is not None
         assert sim.nodes["p1"].scheduler.core.stats.steps == 0
         sim.run(sim.now + 1.0)
