@@ -7,7 +7,7 @@ from pd.scheduler import events as ev
 from pd.scheduler.batch import InFlight
 from pd.scheduler.core import Core
 from pd.scheduler.prefill_side import PrefillSide
-from pd.scheduler.request import Request, State
+from pd.scheduler.request import Request
 
 
 def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InFlight, done: StepDone) -> None:
@@ -22,12 +22,11 @@ def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InF
 def grammar_compiled(core: Core, prefill: PrefillSide | None, event: ev.GrammarCompiled) -> None:
     """The requests that waited for it are queued, or end."""
     for request in core.grammars.compiled(event.number, event.problem):
-        if request.state is State.WAITING:  # has not ended meanwhile
-            if event.problem:
-                reason = f"the output cannot be constrained: {event.problem}"
-                _refuse(core, prefill, event.now, request, reason, 400)
-            else:
-                core.waiting.push(request)
+        if event.problem:
+            reason = f"the output cannot be constrained: {event.problem}"
+            _refuse(core, prefill, event.now, request, reason, 400)
+        else:
+            core.waiting.push(request)
 
 
 def _refuse(core: Core, prefill: PrefillSide | None, now: float, request: Request, reason: str, status: int) -> None:
