@@ -99,6 +99,8 @@ class Grammars:
         """Answered through `take_compiled`."""
 
         def done(future: Future[LLMatcher]) -> None:
+            if future.cancelled():
+                return  # closing: nobody waits for it
             error = future.exception()
             self._done.append(GrammarCompiled(order.number, "" if error is None else _reason(error)))
             os.eventfd_write(self.compiled_fd, 1)

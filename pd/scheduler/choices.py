@@ -18,7 +18,7 @@ import numpy as np
 
 from pd.messages import Finish, FirstChoice, TokenLogprobs, TopLogprobs
 from pd.scheduler.core import Core
-from pd.scheduler.request import ALL_BUT_LAST, CHOICE_SHIFT, CLIENT_KEY, Request, State
+from pd.scheduler.request import ALL_BUT_LAST, CHOICE_SHIFT, CLIENT_KEY, Family, Request, State
 
 if TYPE_CHECKING:
     from pd.scheduler.decode_side import DecodeSide
@@ -65,7 +65,7 @@ class Choices:
             choice = family.members[index] = _fork(prompt, index, raw)
             core.adopt(choice, now)
             core.outputs.row(choice, raw, row)
-            finish = choice.finish_of(token)
+            finish = choice.finish_of(token) or family.unwanted.get(index)
             if finish is not None:
                 core.finish(choice, finish)
             firsts.append(FirstChoice(token, row, finish))
@@ -77,17 +77,31 @@ class Choices:
         elif prompt.handoff is None:
             share_out(core, prompt)
 
-    def abort(self, now: float, key: int, choice: int, finish: Finish) -> None:
-        """End one choice of the api's request `key`, or all (-1). What is over already is over."""
+    def abort(self, now: float, key: int, choice: int, finish: Finish) -> bool:
+        """End one choice of the api's request `key`, or all (-1). False: what is over already is over."""
         family = self.core.families.get(key)
         if family is None:
             request = self.core.requests.get(key)
-            if request is not None and choice <= 0:
-                self.end(now, request, finish)
+            if request is None or choice > 0 or (choice == 0 and request.choices > 1):
+                return False
+            self.end(now, request, finish)
         elif choice < 0:
             self.end_all(now, family.prompt or next(iter(family.members.values())), finish)
         elif choice in family.members:
             self.end(now, family.members[choice], finish)
+        else:
+            return self._end_early(now, family, choice, finish)
+        return True
+
+    def _end_early(self, now: float, family: Family, choice: int, finish: Finish) -> bool:
+        """One that has not begun ends with its first token, unless it is the last that is wanted."""
+        prompt = family.prompt
+        if prompt is None or prompt.started or choice >= prompt.choices:
+            return False
+        family.unwanted[choice] = finish
+        if len(family.unwanted) == prompt.choices:
+            self.end_all(now, prompt, finish)
+        return True
 
     def end(self, now: float, request: Request, finish: Finish) -> None:
         """A request, or one choice, ends for a reason outside of its tokens. The last one takes its prompt along."""
@@ -122,8 +136,12 @@ def living(request: Request) -> list[Request]:
 
 
 def fail(core: Core, request: Request, message: str, status: int) -> None:
-    """The request ends with all of its choices; it has no hand-off any more."""
-    ends = living(request)
+    """The request, which has no hand-off any more, ends: a prompt with all of its choices, a choice alone.
+
+    Of the others one may have a hand-off of its own.
+    """
+    is_prompt = request.family is not None and request.family.prompt is request
+    ends = living(request) if is_prompt else [request]
     for one in ends:
         core.fail(one, message, status)
     if request not in ends:

@@ -164,11 +164,18 @@ class Core:
         request.replay = True
         request.state = State.WAITING
         request.tried.clear()
+        if not request.started:
+            request.prompt_logprobs.clear()  # they come again
         self.waiting.push(request)
+
+    def unqueue(self, request: Request) -> None:
+        """It does not wait any more, in the queue or for its grammar."""
+        self.waiting.discard(request)
+        self.grammars.leave(request)
 
     def remove(self, request: Request) -> None:
         """Forget the request; its blocks must have an owner that ends (`batcher.leave` or a hand-off)."""
-        self.waiting.discard(request)
+        self.unqueue(request)
         request.state = State.GONE
         if self.requests.pop(request.key, None) is not None and request.remote is None:
             self.workers[request.worker] -= 1

@@ -108,8 +108,7 @@ class DecodePeers:
         wait, reasons = "", []
         for endpoint in candidates:
             peer = self.at(endpoint)
-            if peer.link is Link.DOWN and now >= peer.retry_at:
-                self.dial(now, peer)
+            self.reach(now, endpoint)
             if peer.link is Link.DIALLING:
                 return Choice(ChoiceKind.WAIT, endpoint, f"{endpoint}: dialling")
             if peer.link is Link.DOWN:
@@ -125,6 +124,13 @@ class DecodePeers:
         if wait:
             return Choice(ChoiceKind.WAIT, reason=wait)
         return Choice(ChoiceKind.NONE, reason="; ".join(reasons) or "no prefill instance was named")
+
+    def reach(self, now: float, endpoint: str) -> bool:
+        """Whether there is a session, or one is under way: the peer is dialled unless it has just been out of reach."""
+        peer = self.at(endpoint)
+        if peer.link is Link.DOWN and now >= peer.retry_at:
+            self.dial(now, peer)
+        return peer.link is not Link.DOWN
 
     def dial(self, now: float, peer: Peer) -> None:
         me = self.identity

@@ -27,6 +27,7 @@ class DecodeSide:
         self.asked = 0
         self._fresh: list[Request] = []  # with a leg, of this event
         self._owed: list[tuple[str, Answered]] = []  # to the instances whose legs wait
+        self._undelivered: list[tuple[str, Answered]] = []  # of those, to instances that are being dialled
         core.ended = self._ended
 
     def choose(self, now: float, candidates: list[str], tokens: int) -> tuple[str | None, str]:
@@ -172,25 +173,38 @@ class DecodeSide:
     def _ended(self, request: Request, finish: Finish) -> None:
         """Without a token, if its leg still waits."""
         if request.leg:
-            status, reason = finish.status if finish.status >= 400 else 503, finish.message or finish.reason.value
+            # An operator's abort has no status. It must not be one that makes a router try again.
+            status, reason = finish.status if finish.status >= 400 else 409, finish.message or finish.reason.value
             answer = Answered(request.room, 0, [], reason, status, label_of(request.tokens[: 4 * request.prompt_len]))
             self._owed.append((request.leg, answer))
             request.leg = ""
 
     def session_up(self, now: float, endpoint: str) -> None:
         """What waits is made known to the peer: if this instance dies first, its legs need not wait any longer."""
-        peer = self.handoffs.peers.at(endpoint)
-        for request in self.core.waiting:
-            if request.leg and self.handoffs.peers.at(request.leg) is peer:
+        peers = self.handoffs.peers
+        for request in self.core.requests.values():
+            if request.leg and request.state is State.WAITING and peers.at(request.leg) is peers.at(endpoint):
                 self.handoffs.tell(now, request.leg, Expect(request.room))
+        self.session_decided()
+
+    def session_decided(self) -> None:
+        """A peer that was dialled can be told now, or cannot."""
+        self._owed += self._undelivered
+        self._undelivered.clear()
 
     def tell_legs(self, now: float) -> None:
-        """At the end of an event. Without a session nobody can be told: a prefill instance bounds its legs itself."""
+        """At the end of an event. Whoever is out of reach is not told: a prefill instance bounds its legs itself."""
+        peers = self.handoffs.peers
         for request in self._fresh:
-            if request.leg and request.state is State.WAITING:
-                self.handoffs.tell(now, request.leg, Expect(request.room))
+            if (
+                request.leg
+                and request.state is State.WAITING
+                and not self.handoffs.tell(now, request.leg, Expect(request.room))
+            ):
+                peers.reach(now, request.leg)
         for endpoint, answer in self._owed:
-            self.handoffs.tell(now, endpoint, answer)
+            if not self.handoffs.tell(now, endpoint, answer) and peers.reach(now, endpoint):
+                self._undelivered.append((endpoint, answer))
         self._fresh.clear()
         self._owed.clear()
 

@@ -8,7 +8,7 @@ from pd.scheduler.batch import InFlight
 from pd.scheduler.core import Core
 from pd.scheduler.handoff_base import UNCONSTRAINABLE
 from pd.scheduler.prefill_side import PrefillSide
-from pd.scheduler.request import Request, State
+from pd.scheduler.request import Request
 
 
 def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InFlight, done: StepDone) -> None:
@@ -23,11 +23,10 @@ def rows_failed(core: Core, prefill: PrefillSide | None, now: float, flight: InF
 def grammar_compiled(core: Core, prefill: PrefillSide | None, event: ev.GrammarCompiled) -> None:
     """The requests that waited for it are queued, or end."""
     for request in core.grammars.compiled(event.number, event.problem):
-        if request.state is State.WAITING:  # has not ended meanwhile
-            if event.problem:
-                _refuse(core, prefill, event.now, request, event.problem)
-            else:
-                core.waiting.push(request)
+        if event.problem:
+            _refuse(core, prefill, event.now, request, event.problem)
+        else:
+            core.waiting.push(request)
 
 
 def _refuse(core: Core, prefill: PrefillSide | None, now: float, request: Request, problem: str) -> None:

@@ -22,7 +22,7 @@ class GrammarGate:
     def __init__(self, out: list[Action]) -> None:
         self._out = out
         self._ready: OrderedDict[str, None] = OrderedDict()  # the one used last comes last
-        self._waiting: dict[str, list[Request]] = {}
+        self._waiting: dict[str, dict[int, Request]] = {}  # by grammar and by key, in order
         self._asked: dict[int, str] = {}
         self._last = 0
         self.held = 0
@@ -36,19 +36,26 @@ class GrammarGate:
             self._ready.move_to_end(grammar)
             return True
         self.held += 1
-        if grammar in self._waiting:
-            self._waiting[grammar].append(request)
+        waiting = self._waiting.get(grammar)
+        if waiting is not None:
+            waiting[request.key] = request
         else:
-            self._waiting[grammar] = [request]
+            self._waiting[grammar] = {request.key: request}
             self._last += 1
             self._asked[self._last] = grammar
             self._out.append(CompileGrammar(GrammarCompile(self._last, grammar)))
         return False
 
+    def leave(self, request: Request) -> None:
+        """The request ends, or is stopped; does nothing when it does not wait here."""
+        grammar = request.sampling.grammar
+        if grammar and self._waiting.get(grammar, {}).pop(request.key, None) is not None:
+            self.held -= 1
+
     def compiled(self, number: int, problem: str) -> list[Request]:
-        """The requests that waited for it, in order; some may have ended meanwhile."""
+        """The requests that wait for it, in order."""
         grammar = self._asked.pop(number)
-        requests = self._waiting.pop(grammar)
+        requests = list(self._waiting.pop(grammar).values())
         self.held -= len(requests)
         if not problem:
             self._ready[grammar] = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pd.messages import AbortMatching, Answer, Command, Continue, Finish, Pause
 from pd.scheduler.actions import Action, Reply
 from pd.scheduler.admission import Admission
+from pd.scheduler.choices import Choices
 from pd.scheduler.core import Core
 from pd.scheduler.events import Commanded
 from pd.scheduler.report import Reporter
-from pd.scheduler.request import Request, State
+from pd.scheduler.request import State
 from pd.types import FinishReason
+
+ALL = -1  # choices
 
 _ABORTED = Finish(FinishReason.ABORT, message="aborted by the operator")
 
@@ -19,36 +20,34 @@ _ABORTED = Finish(FinishReason.ABORT, message="aborted by the operator")
 class Operator:
     """`paused`: nothing is admitted and no step is ordered. Steps under way end, peers are heard, deadlines count.
 
-    `end` ends a client's request. Before `attach` there are no requests.
+    Before `attach` there are no requests.
     """
 
-    def __init__(self, out: list[Action], end: Callable[[float, Request, Finish], None]) -> None:
+    def __init__(self, out: list[Action]) -> None:
         self.paused = False
-        self._out, self._end = out, end
+        self._out = out
         self._draining = False
-        self._parts: tuple[Core, Reporter, Admission] | None = None
+        self._parts: tuple[Core, Choices, Reporter, Admission] | None = None
 
-    def attach(self, core: Core, reporter: Reporter, admission: Admission) -> None:
+    def attach(self, core: Core, choices: Choices, reporter: Reporter, admission: Admission) -> None:
         """The runner is up."""
-        self._parts = core, reporter, admission
+        self._parts = core, choices, reporter, admission
         reporter.paused = self.paused
 
     def command(self, event: Commanded) -> None:
         """Carry it out and answer it."""
-        command = event.command
-        core = self._parts[0] if self._parts is not None else None
-        ended = _meant(core, command) if core is not None else []
-        for request in ended:
-            if request.state is not State.GONE:  # not ended together with another one
-                self._end(event.now, request, _ABORTED)
+        command, aborted = event.command, 0
+        if self._parts is not None:
+            core, choices, *_ = self._parts
+            meant = _meant(core, command)
+            aborted = sum(choices.abort(event.now, key, choice, _ABORTED) for key, choice in meant.items())
         if isinstance(command, Pause):
             self._set(not self._draining)
-            if core is not None and command.mode == "retract":
-                _retract_all(core)
+            if self._parts is not None and command.mode == "retract":
+                _retract_all(self._parts[0])
         elif isinstance(command, Continue):
             self._set(False)
-        data: dict[str, object] = {"aborted": len({request.client_key for request in ended}), "paused": self.paused}
-        self._out.append(Reply(event.worker, Answer(command.token, data)))
+        self._out.append(Reply(event.worker, Answer(command.token, {"aborted": aborted, "paused": self.paused})))
 
     def drain(self) -> None:
         """What runs is to end before the instance does: a pause is over, and there will be none."""
@@ -60,30 +59,40 @@ class Operator:
             return
         self.paused = paused
         if self._parts is not None:
-            core, reporter, admission = self._parts
+            core, _, reporter, admission = self._parts
             core.log("paused" if paused else "continued", requests=len(core.requests))
             reporter.paused = paused  # published with the next tick
             admission.look_again()
 
 
-def _meant(core: Core, command: Command) -> list[Request]:
-    """The clients' requests that this command ends. What is computed for others is theirs to cancel."""
-    mine = [request for request in core.requests.values() if request.remote is None]
-    match command:
-        case AbortMatching(_, rid):
-            return [request for request in mine if not rid or _is_called(request.rid, rid)]
-        case Pause(_, "abort"):
-            return mine
-        case _:
-            return []
+def _meant(core: Core, command: Command) -> dict[int, int]:
+    """What of the clients' requests this command ends: key -> choice, -1 for all. What is computed for others is theirs
+    to cancel.
+    """
+    if isinstance(command, AbortMatching):
+        rid = command.rid
+    elif isinstance(command, Pause) and command.mode == "abort":
+        rid = ""
+    else:
+        return {}
+    found: dict[int, int] = {}
+    for request in core.requests.values():
+        if request.remote is not None:
+            continue
+        name = request.client_rid
+        if not rid or name == rid or _number(name, rid) is not None:
+            found[request.client_key] = ALL
+        elif (choice := _number(rid, name)) is not None:
+            found.setdefault(request.client_key, choice)
+    return found
 
 
-def _is_called(name: str, rid: str) -> bool:
-    """ID-7 is a prompt of ID or a choice of its only prompt, ID-7-1 a choice of a prompt."""
-    if name == rid:
-        return True
-    numbers = name.removeprefix(f"{rid}-").split("-") if name.startswith(f"{rid}-") else []
-    return 1 <= len(numbers) <= 2 and all(number.isdecimal() for number in numbers)
+def _number(name: str, rid: str) -> int | None:
+    """N of a name RID-N: of a prompt of the batch RID, or of a choice of RID."""
+    head, dash, number = name.rpartition("-")
+    if not dash or head != rid or not number.isdecimal() or len(number) > 9:
+        return None
+    return int(number)
 
 
 def _retract_all(core: Core) -> None:

@@ -99,7 +99,7 @@ class PrefillSide:
         """Stop computing; the blocks stay until `SourceFree`."""
         request = self._requests.get(id)
         if request is not None:
-            self.core.waiting.discard(request)
+            self.core.unqueue(request)
             self.core.batcher.forget(request)
             request.state = State.PUSHING
 
@@ -179,7 +179,9 @@ class PrefillSide:
 
     def settle(self) -> None:
         for settled in self.rooms.take():
-            request, outcome = self.core.requests[settled.key], settled.outcome
+            request, outcome = self.core.requests.get(settled.key), settled.outcome
+            if request is None:
+                continue  # it ended for another reason in the same event
             if isinstance(outcome, Problem):
                 self.core.fail(request, outcome.message, outcome.status)
             else:

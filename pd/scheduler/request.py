@@ -35,11 +35,12 @@ class Family:
     request per choice, and it goes when its blocks have been shared out.
     """
 
-    __slots__ = ("members", "prompt")
+    __slots__ = ("members", "prompt", "unwanted")
 
     def __init__(self, prompt: Request) -> None:
         self.prompt: Request | None = prompt
         self.members: dict[int, Request] = {}  # living choices by index
+        self.unwanted: dict[int, Finish] = {}  # how choices end, by index, that were ended before they have begun
 
 
 class Request:
@@ -144,6 +145,12 @@ class Request:
     def known(self) -> int:
         """Tokens known here: prompt and emitted."""
         return len(self.tokens) // 4
+
+    @property
+    def client_rid(self) -> str:
+        """The id of the client's request, also of one of its choices."""
+        is_choice = self.family is not None and self.family.prompt is not self
+        return self.rid.removesuffix(f"-{self.choice}") if is_choice else self.rid
 
     @property
     def slots(self) -> int:

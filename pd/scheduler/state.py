@@ -48,7 +48,7 @@ class Scheduler:
         self._watch: TransferWatch | None = None
         self._drain_by = float("inf")
         self._exited = False
-        self.operator = Operator(self.out, self._end)
+        self.operator = Operator(self.out)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.RequestSubmitted: self._submitted,
             ev.AbortRequested: self._abort,
@@ -107,7 +107,7 @@ class Scheduler:
         self.admission = Admission(core, self.decode, self.prefill)
         self.choices = Choices(core, self.decode)
         self._reporter = report.Reporter(core, self.decode, self.prefill)
-        self.operator.attach(core, self._reporter, self.admission)
+        self.operator.attach(core, self.choices, self._reporter, self.admission)
         if self.settings.role is not Role.UNIFIED:
             self._watch = TransferWatch((event.ready.rank,), self.settings.scheduler.step_timeout)
         if self.state is InstanceState.STARTING:
@@ -200,7 +200,9 @@ class Scheduler:
         """(status, message, param, code) when the request can never be served here."""
         if self.settings.role is Role.PREFILL and submit.room < 0 and not submit.probe:
             return 400, "this is a prefill instance: send requests to a decode instance or the router", None, None
-        most = min(MAX_CHOICES, self.settings.scheduler.max_running_requests)
+        most = MAX_CHOICES
+        if self.settings.role is not Role.PREFILL:  # decode alone knows how much it can run
+            most = min(most, self.settings.scheduler.max_running_requests)
         if not 1 <= submit.choices <= most:
             return 400, f"n must be between 1 and {most} here, got {submit.choices}", "n", None
         if tokens < 1:
@@ -425,6 +427,7 @@ class Scheduler:
     def _session_refused(self, event: ev.SessionRefused) -> None:
         if self.decode is not None:
             self.decode.handoffs.session_refused(event.now, event.endpoint, event.reason, event.permanent)
+            self.decode.session_decided()
         self._peers_changed()
 
     def _session_down(self, event: ev.SessionDown) -> None:

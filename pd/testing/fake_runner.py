@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pd.errors import PdError
-from pd.messages import Admit, FailedRow, LogprobRow, StepDone, StepOrder, TokenLogprobs, TopLogprobs
+from pd.messages import (
+    Admit,
+    FailedRow,
+    LogprobRow,
+    PromptLogprobs,
+    PromptRow,
+    StepDone,
+    StepOrder,
+    TokenLogprobs,
+    TopLogprobs,
+)
 from pd.types import SamplingParams
 
 
@@ -39,6 +49,16 @@ def token_logprobs(tokens: list[int], sampling: SamplingParams) -> TokenLogprobs
     return TokenLogprobs((-np.array(tokens, "<f4")).tobytes(), tops, np.array(wanted, "<f4").tobytes())
 
 
+def prompt_logprobs(tokens: list[int], start: int, end: int) -> PromptLogprobs | None:
+    """Made up: each token, with a minus; the first one has none. None where there is no position."""
+    if start >= end:
+        return None
+    values = -np.array(tokens[start:end], "<f4")
+    if start == 0:
+        values[0] = np.nan
+    return PromptLogprobs(start, values.tobytes())
+
+
 @dataclass
 class _Row:
     tokens: list[int]
@@ -47,6 +67,8 @@ class _Row:
     sampling: SamplingParams
     epoch: int
     choices: int  # to be sampled next; 1 after the first
+    prompt_len: int
+    logprob_start: int
 
 
 @dataclass
@@ -59,6 +81,7 @@ class FakeRunner:
     requests: dict[int, _Row] = field(default_factory=dict)
     pending: list[StepOrder] = field(default_factory=list)
     fails: str = ""  # rows with this grammar fail when they sample
+    failing: dict[str, int] = field(default_factory=dict)  # grammar -> rows fail when so many tokens were emitted
 
     def __post_init__(self) -> None:
         #: token | position << 32 of every slot; -1: never written.
@@ -82,12 +105,15 @@ class FakeRunner:
         keys = np.frombuffer(order.rows_i64, "<i8").tolist()
         counts = np.frombuffer(order.counts_i32, "<i4").tolist()
         epochs, produced, tokens, logprobs = [], bytearray(), [], []
-        failed = []
+        failed, prompts = [], []
         for index, (key, count, sample) in enumerate(zip(keys, counts, order.sample_u8, strict=True)):
             row = self.requests[key]
-            if sample and self.fails and row.sampling.grammar == self.fails:
+            if sample and self._fails(row):
                 failed.append(FailedRow(index, "no token fits"))
             epochs.append(row.epoch)
+            of_prompt = _of_prompt(row, count)
+            if of_prompt is not None:
+                prompts.append(PromptRow(index, of_prompt))
             self._compute(key, row, count)
             some = self._sample(key, row) if sample else []
             if some and row.sampling.logprobs:
@@ -102,6 +128,7 @@ class FakeRunner:
             bytes(produced),
             np.array(tokens, "<i4").tobytes(),
             logprobs,
+            prompts,
             digests_u64=self._digests(order),
             failed=failed,
         )
@@ -109,7 +136,22 @@ class FakeRunner:
     def _admit(self, admit: Admit) -> None:
         tokens = np.frombuffer(admit.tokens_i32, "<i4").tolist()
         blocks = np.frombuffer(admit.blocks_i32, "<i4").tolist()
-        self.requests[admit.key] = _Row(tokens, admit.computed, blocks, admit.sampling, admit.epoch, admit.choices)
+        self.requests[admit.key] = _Row(
+            tokens,
+            admit.computed,
+            blocks,
+            admit.sampling,
+            admit.epoch,
+            admit.choices,
+            admit.prompt_len,
+            admit.logprob_start,
+        )
+
+    def _fails(self, row: _Row) -> bool:
+        grammar = row.sampling.grammar
+        if not grammar:
+            return False
+        return grammar == self.fails or len(row.tokens) - row.prompt_len >= self.failing.get(grammar, 1 << 30)
 
     def _compute(self, key: int, row: _Row, count: int) -> None:
         if row.computed + count > len(row.tokens):
@@ -147,6 +189,14 @@ class FakeRunner:
         """Position-keyed sum over the first `tokens` slots of a block."""
         keys = np.arange(1, tokens + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
         return int((self.memory[block, :tokens].astype(np.uint64) * keys).sum(dtype=np.uint64))
+
+
+def _of_prompt(row: _Row, count: int) -> PromptLogprobs | None:
+    """What the row's next `count` positions say of the prompt: each of the token after it."""
+    if row.logprob_start < 0:
+        return None
+    start = max(row.logprob_start, row.computed + 1 if row.computed else 0)
+    return prompt_logprobs(row.tokens, start, min(row.computed + count + 1, row.prompt_len))
 
 
 def reference_tokens(

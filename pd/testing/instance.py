@@ -15,7 +15,7 @@ from pd.scheduler import events as ev
 from pd.scheduler.actions import Action, Log, Reply, RunStep
 from pd.scheduler.core import SchedulerSettings
 from pd.scheduler.state import Scheduler
-from pd.testing.fake_runner import FakeRunner, reference_tokens
+from pd.testing.fake_runner import FakeRunner, prompt_logprobs, reference_tokens, token_logprobs
 from pd.types import ModelInfo, Role, SamplingParams
 
 TINY_MODEL = ModelInfo("fake", "", "Fake", 60_000, 4096, 1, 1, 1, 1, 1, "float32", (), "fake")
@@ -68,6 +68,16 @@ class Client:
             assert choice.tokens == want[: len(choice.tokens)], f"choice {index} of {name}: wrong tokens"
             if choice.finish is not None and choice.finish.reason in (m.FinishReason.STOP, m.FinishReason.LENGTH):
                 assert choice.tokens == want, f"choice {index} of {name}: {len(choice.tokens)} of {len(want)} tokens"
+
+    def check_logprobs(self, name: str, prompt: list[int], sampling: SamplingParams, start: int) -> None:
+        """Each token has its own logprobs, if any are wanted, and so have the prompt's."""
+        for index, choice in enumerate(self.choices):
+            want = [token_logprobs([token], sampling) for token in choice.tokens] if sampling.logprobs else []
+            assert choice.logprobs == want, f"choice {index} of {name}: wrong logprobs"
+        if self.started is not None:
+            found = self.started.prompt_logprobs
+            expected = prompt_logprobs(prompt, start, len(prompt)) if start >= 0 else None
+            assert found == expected, f"{name}: wrong logprobs of the prompt"
 
     @property
     def over(self) -> bool:

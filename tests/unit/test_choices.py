@@ -179,6 +179,30 @@ def test_one_choice_can_be_ended_alone() -> None:
     assert other.tokens == reference_tokens(prompt(7, 2), SamplingParams(), 9)
 
 
+def test_a_choice_that_is_ended_before_it_has_begun_ends_with_its_first_token() -> None:
+    instance = Instance(settings(chunked_prefill_size=4))
+    client = instance.submit(1, prompt(14), 6, choices=3)
+    instance.finish_step()
+    instance.handle(ev.AbortRequested(0.0, 1, "not wanted", 1))
+    assert not client.choices[1].over, "its prompt is computed for the others"
+    instance.run()
+    assert [len(choice.tokens) for choice in client.choices] == [6, 1, 6]
+    assert [choice.finish.reason.value for choice in client.choices if choice.finish] == ["length", "abort", "length"]
+    assert instance.audit()["owned"] == 0 and not core_of(instance).families
+
+
+def test_a_request_of_which_no_choice_is_wanted_any_more_ends_at_once() -> None:
+    instance = Instance(settings(chunked_prefill_size=4))
+    client = instance.submit(1, prompt(30), 6, choices=3)
+    for choice in (2, 0, 2, 7):
+        instance.handle(ev.AbortRequested(0.0, 1, "not wanted", choice))
+    assert not client.ended
+    instance.handle(ev.AbortRequested(0.0, 1, "not wanted", 1))
+    assert client.ended and not core_of(instance).requests and not core_of(instance).families
+    instance.run()
+    assert instance.audit()["owned"] == 0
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_a_cancel_ends_every_choice_wherever_the_request_is(steps: int) -> None:
     instance = Instance()
@@ -379,6 +403,41 @@ def test_choices_that_do_not_fit_are_replayed_through_the_prefill_instance() -> 
     assert {(ask.choices, ask.sampling.choice) for ask in asks[1:] if isinstance(ask, m.Prefill)} <= {
         (1, index) for index in range(4)
     }
+
+
+def test_a_choice_that_cannot_be_replayed_ends_alone_and_leaves_the_others_their_hand_offs() -> None:
+    sim = world(prefills=2, write_delay=(1.0, 1.0))
+    client = sim.submit(sim.nodes["d0"], prompt(10), 6, choices=3)
+    sim.run(0.3)
+    sim.kill(sim.nodes["p0"])
+    sim.config.step_time = (0.5, 0.5)
+    while not (side := sim.nodes["p1"].scheduler.prefill)._requests:  # type: ignore[union-attr]
+        sim.run(sim.now + 0.01)
+    sim.run(sim.now + 0.1)
+    assert core_of(sim.nodes["d0"]).requests and sim.nodes["d0"].scheduler.decode.asked == 3  # type: ignore[union-attr]
+    (failing,) = [id for id, request in side._requests.items() if request.choice == 1]  # type: ignore[union-attr]
+    side.handoffs.fail(sim.now, failing, "out of luck", retryable=False)  # type: ignore[union-attr]
+    sim.config.step_time, sim.config.write_delay = (0.001, 0.002), (0.001, 0.002)
+    settle(sim)
+    assert [c.finish.reason.value for c in client.choices if c.finish] == ["length", "error", "length"]
+    assert sim.nodes["d0"].scheduler.decode.asked == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_prompt_whose_hand_off_fails_for_good_ends_with_all_of_its_choices(started: bool) -> None:
+    sim = world()
+    sim.config.write_delay = (1.0, 1.0)
+    sim.config.step_time = (0.001, 0.001) if started else (0.5, 0.5)
+    client = sim.submit(sim.nodes["d0"], prompt(10), 6, choices=3)
+    sim.run(0.3)
+    side = sim.nodes["p0"].scheduler.prefill
+    assert side is not None and (client.started is not None) is started
+    (id,) = side._requests
+    side.handoffs.fail(sim.now, id, "out of luck", retryable=False)
+    sim.run(sim.now + 0.1)
+    assert [c.finish.status for c in client.choices if c.finish] == [500, 500, 500]
+    assert {len(choice.tokens) for choice in client.choices} == {int(started)}
+    settle(sim)
 
 
 def test_a_fallback_to_local_prefill_forks_here() -> None:

@@ -282,3 +282,11 @@ def test_only_rows_that_sample_are_masked(driver: Driver) -> None:
     assert not track.emitted
     finish(driver)
     assert re.fullmatch(PATTERN, text(track))
+
+
+def test_closing_while_grammars_wait_to_be_compiled_is_no_error(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = Grammars(path, 256, [EOS])
+    for number in range(50):
+        made.compile(GrammarCompile(number, REGEX + "\n" * number))
+    made.close()
+    assert not caplog.records

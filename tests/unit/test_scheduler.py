@@ -531,3 +531,16 @@ def test_a_cached_prefix_does_not_stand_in_the_way_of_a_prompt_that_needs_the_wh
         client = instance.submit(key, prompt(9), 2)
         instance.run()
         assert client.tokens == expected(prompt(9), 2)
+
+
+def test_a_prompt_that_is_computed_anew_gives_its_logprobs_once() -> None:
+    instance = Instance(settings(chunked_prefill_size=4))
+    client = instance.submit(1, prompt(15), 4, logprob_start=2)
+    instance.finish_step()
+    instance.finish_step()
+    instance.handle(ev.Commanded(0.0, 0, m.Pause(1, "retract")))
+    instance.run()
+    instance.handle(ev.Commanded(0.0, 0, m.Continue(2)))
+    instance.run()
+    assert len(client.tokens) == 4
+    client.check_logprobs("request", prompt(15), SamplingParams(), 2)

@@ -58,6 +58,43 @@ def test_an_abort_ends_the_requests_of_that_id_and_the_prompts_of_its_batch_only
     assert instance.scheduler.core is not None and instance.scheduler.core.idle
 
 
+@pytest.mark.parametrize("steps", [0, 4])
+def test_an_abort_by_a_choices_id_ends_that_choice_alone_whether_it_has_begun_or_not(steps: int) -> None:
+    instance = Instance(settings(chunked_prefill_size=4))
+    client = instance.submit(1, prompt(9), 9, choices=3)
+    other = instance.submit(2, prompt(9, 2), 9)
+    for _ in range(steps):
+        instance.finish_step()
+    assert (client.started is not None) is (steps > 0)
+    assert command(instance, m.AbortMatching(1, "r1-3"))["aborted"] == 0, "there are three"
+    assert command(instance, m.AbortMatching(2, "r1-" + "1" * 5000))["aborted"] == 0
+    assert command(instance, m.AbortMatching(3, "r1-1"))["aborted"] == 1
+    instance.run()
+    assert [c.finish.reason.value for c in client.choices if c.finish] == ["length", "abort", "length"]
+    assert other.tokens == expected(prompt(9, 2), 9)
+    assert command(instance, m.AbortMatching(4, "r1-1"))["aborted"] == 0, "it is over"
+    instance.audit()
+
+
+@pytest.mark.parametrize(
+    ("rid", "ended"), [("r", [3, 3]), ("r-0", [3, 0]), ("r-1", [0, 3]), ("r-1-2", [0, 1]), ("r-2", [0, 0])]
+)
+def test_an_abort_of_a_batch_whose_prompts_have_choices_ends_what_its_id_names(rid: str, ended: list[int]) -> None:
+    instance = Instance()
+    clients = []
+    for key in (0, 1):
+        clients.append(instance.submit(key, prompt(5, key), 50, choices=3))
+        instance.scheduler.core.requests[key].rid = f"r-{key}"  # type: ignore[union-attr]
+    for _ in range(5):
+        instance.finish_step()
+    assert all(client.started for client in clients)
+    assert command(instance, m.AbortMatching(1, rid))["aborted"] == sum(count > 0 for count in ended)
+    assert [sum(choice.over for choice in client.choices) for client in clients] == ended
+    command(instance, m.AbortMatching(2, ""))
+    instance.run()
+    assert all(client.ended for client in clients) and not instance.scheduler.core.families  # type: ignore[union-attr]
+
+
 def test_an_abort_reaches_the_requests_of_other_api_workers() -> None:
     instance = Instance()
     submit(instance, (3 << 40) + 1, "a")

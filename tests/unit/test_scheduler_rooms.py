@@ -173,6 +173,25 @@ def test_a_leg_whose_hand_off_runs_is_answered_while_the_instance_drains() -> No
     assert ended(leg) == ended(client) == OK
 
 
+def test_a_leg_whose_client_waits_as_long_as_its_room_ends_once() -> None:
+    sim = world()
+    leg = sim.submit_leg(sim.nodes["p0"], prompt(9), 4, 7, timeout=TIMEOUT)
+    sim.run(TIMEOUT + 0.1)
+    assert ended(leg) == (FinishReason.ERROR, 504)
+    finish(sim)
+    assert rooms(sim) == 0
+
+
+def test_a_leg_may_have_more_choices_than_a_prefill_instance_runs_requests() -> None:
+    sim = SimCluster(1, SimConfig(control={"bootstrap_timeout": TIMEOUT}))
+    prefill = sim.nodes["p0"].scheduler
+    limits = replace(prefill.settings.scheduler, max_running_requests=1)
+    prefill.settings = replace(prefill.settings, scheduler=limits)
+    leg, client = both(sim, choices=4)
+    finish(sim)
+    assert [ended(choice) for choice in (*leg.choices, *client.choices)] == [OK] * 8
+
+
 # --- decode answers without this instance ---------------------------------------------------------------------------
 
 
@@ -242,6 +261,70 @@ def test_when_decode_does_not_even_queue_the_request_the_leg_says_so_at_once() -
     sim.run(sim.now + 0.1)
     assert client.rejected is not None and client.rejected.status == 503
     assert ended(leg) == (FinishReason.ERROR, 503)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before there is a session", "with a session"])
+def test_when_decode_cannot_use_the_grammar_the_leg_says_so_at_once(first: bool) -> None:
+    sim = world()
+    sim.config.unusable = frozenset({"g"})
+    if not first:
+        both(sim, room=6)
+        finish(sim)
+    leg, client = both(sim, grammar="g", choices=2)
+    sim.run(sim.now + 0.1)
+    assert [ended(choice) for choice in (*leg.choices, *client.choices)] == [(FinishReason.ERROR, 400)] * 4
+    finish(sim, rest=TIMEOUT + 5)
+    assert rooms(sim) == 0
+
+
+def test_an_answer_for_a_leg_whose_instance_is_out_of_reach_is_not_kept() -> None:
+    sim = world()
+    sim.config.unusable = frozenset({"g"})
+    sim.kill(sim.nodes["p0"])
+    client = sim.submit(sim.nodes["d0"], prompt(9), 4, room=7, prefills=["tcp://p0:1"], grammar="g")
+    finish(sim)
+    decode = sim.nodes["d0"].scheduler.decode
+    assert client.ended and decode is not None and not decode._undelivered and not decode._owed
+
+
+def test_a_leg_fails_at_once_when_its_decode_instance_dies_while_it_compiles_the_grammar() -> None:
+    sim = world()
+    sim.config.compile_time = (1.0, 1.0)
+    leg, _ = both(sim, grammar="g")
+    sim.run(0.5)
+    sim.kill(sim.nodes["d0"])
+    sim.run(0.6)
+    assert ended(leg) == (FinishReason.ERROR, 503)
+    finish(sim)
+
+
+def test_the_leg_of_a_request_that_an_operator_aborts_fails_with_an_error_that_is_not_tried_again() -> None:
+    sim = world()
+    sim.config.step_time = (0.5, 0.5)
+    leg, client = both(sim)
+    sim.run(0.1)
+    sim.command(sim.nodes["d0"], m.AbortMatching(1, ""))
+    sim.run(0.2)
+    assert ended(client)[0] is FinishReason.ABORT and ended(leg) == (FinishReason.ERROR, 409)
+    finish(sim)
+
+
+def test_when_the_blocks_do_not_come_after_the_first_tokens_the_leg_keeps_its_answer() -> None:
+    sim = world(prefills=2)
+    sim.config.write_delay = (2.0, 2.0)
+    leg = sim.submit_leg(sim.nodes["p0"], prompt(19), 6, 7, choices=3)
+    names = ["tcp://p1:1", "tcp://p0:1"]
+    client = sim.submit(sim.nodes["d0"], prompt(19), 6, room=7, prefills=names[1:], choices=3)
+    sim.run(0.5)
+    assert [ended(choice) for choice in leg.choices] == [OK] * 3 and not client.ended
+    sim.config.write_delay = (0.001, 0.002)
+    side = sim.nodes["p0"].scheduler.prefill
+    assert side is not None
+    (id,) = side._requests
+    side.handoffs.fail(sim.now, id, "a push failed", retryable=True)
+    finish(sim, rest=5.0)
+    assert [choice.finish.status for choice in client.choices if choice.finish] == [503] * 3, "its one instance failed"
+    assert rooms(sim) == 0 and rooms(sim, "p1") == 0
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------
