@@ -544,6 +544,62 @@ def test_a_stop_string_ends_one_choice_and_the_others_go_on(llama: Deployment) -
     assert [last[index] for index in range(3)] == [choice["text"] for choice in answer]
 
 
+_TOOL = {"type": "function", "function": {"name": "go", "parameters": {"properties": {"to": {"enum": ["ab", "cd"]}}}}}
+_CHAT = {"messages": [{"role": "user", "content": "Go"}]}
+#: Options that meet in one answer.
+TOGETHER: list[dict[str, Any]] = [
+    {"prompt": "abc", "echo": True, "logprobs": 2, "stop": ["e", "q"], "max_tokens": 20},
+    {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "max_tokens": 0},
+    {"prompt": ["abc", "d"], "echo": True, "logprobs": 0, "regex": "[a-f]{3}( [g-m]{4}){2}", "presence_penalty": 1},
+    {"prompt": "abc", "ignore_eos": True, "min_tokens": 9, "return_tokens_as_token_ids": True, "logprobs": 1},
+    {**_CHAT, "tools": [_TOOL], "tool_choice": "required", "parallel_tool_calls": False, "logprobs": True},
+    {**_CHAT, "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "max_tokens": 60},
+]
+
+
+def joined(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """By index what the chunks of a stream come to."""
+    found: dict[int, dict[str, Any]] = {}
+    for choice in (choice for event in events for choice in event["choices"]):
+        one = found.setdefault(choice["index"], {"text": "", "arguments": "", "ids": [], "logprobs": 0, "end": None})
+        delta = choice.get("delta", {})
+        one["text"] += choice.get("text") or delta.get("content") or ""
+        one["arguments"] += "".join(call["function"]["arguments"] for call in delta.get("tool_calls", ()))
+        one["ids"] += choice.get("token_ids", [])
+        logprobs = choice["logprobs"] or {"content": []}
+        one["logprobs"] += len(logprobs.get("content", logprobs.get("tokens")))
+        assert one["end"] is None, "nothing follows the end"
+        one["end"] = choice["finish_reason"]
+    return found
+
+
+def as_chunks(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """A whole answer as a stream of one chunk for each choice."""
+    return [{"choices": [{**choice, "delta": choice.get("message", {})} for choice in answer["choices"]]}]
+
+
+@pytest.mark.parametrize("body", TOGETHER, ids=range(len(TOGETHER)))
+def test_options_that_meet_give_the_same_streamed_and_whole_on_one_instance_and_on_two(
+    llama: Deployment, unified: Deployment, body: dict[str, Any]
+) -> None:
+    asked = {"n": 2, "seed": 3, "temperature": 1.2, "return_token_ids": True, "max_tokens": 40, **body}
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    found = []
+    for at in (llama, unified):
+        answer = httpx.post(f"{at.url}{path}", json=asked, timeout=60).json()
+        found.append((joined(as_chunks(answer)), answer["usage"]["completion_tokens"]))
+        events = at.stream(path, {**asked, "stream_options": {"include_usage": True}})
+        found.append((joined(events), events[-1]["usage"]["completion_tokens"]))
+    assert all(one == found[0] for one in found), found
+    choices, count = found[0]
+    prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
+    assert sorted(choices) == [*range(2 * prompts)] and all(choice["end"] for choice in choices.values())
+    assert count == sum(len(choice["ids"]) for choice in choices.values())
+    if "tools" in body:
+        assert all(choice["end"] == "tool_calls" for choice in choices.values())
+        assert all(json.loads(choice["arguments"]).get("to", "ab") in ("ab", "cd") for choice in choices.values())
+
+
 def test_best_of_gives_the_candidates_with_the_highest_mean_logprob(llama: Deployment) -> None:
     body = completion(ask(prompt(21, 9), 12, temperature=1.5, seed=4))
     found = httpx.post(f"{llama.url}/v1/completions", json={**body, "n": 5, "logprobs": 0}, timeout=60).json()
