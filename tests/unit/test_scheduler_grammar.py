@@ -170,7 +170,7 @@ def test_when_the_row_of_a_prompt_fails_every_choice_has_one_end() -> None:
     client = instance.submit(2, prompt(7), 6, grammar="g", choices=3)
     compiled(instance, 1)
     instance.run()
-    assert [error_of(choice).status for choice in client.choices] == [500, 500, 500]
+    assert [error_of(choice).status for choice in client.choices] == [400, 400, 400]
     assert len(other.tokens) == 6 and not core_of(instance).families and instance.audit()["owned"] == 0
 
 
@@ -187,7 +187,7 @@ def test_a_choice_whose_row_fails_ends_alone() -> None:
     instance.handle(ev.StepFinished(0.0, done))
     instance.run()
     assert [len(choice.tokens) for choice in client.choices] == [9, count, 9]
-    assert error_of(client.choices[1]).status == 500 and not core_of(instance).families
+    assert error_of(client.choices[1]).status == 400 and not core_of(instance).families
     assert instance.audit()["owned"] == 0
 
 
@@ -252,7 +252,7 @@ def test_what_a_prefill_instance_cannot_constrain_ends_every_choice_once(cause: 
         sim.nodes["p0"].runner.fails = "g"
     client = sim.submit(sim.nodes["d0"], prompt(19), 5, grammar="g", choices=3)
     assert sim.settle(20), "a request never ended"
-    assert [error_of(choice).status for choice in client.choices] == [500, 500, 500]
+    assert [error_of(choice).status for choice in client.choices] == [400, 400, 400]
     sim.run(sim.now + 1.0)
     sim.check_rest()
 
