@@ -200,6 +200,11 @@ class Plan:
         scheme = "https" if self.config.http.ssl_certfile else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
+    def _known_url(self) -> str:
+        """The same before and after a restart. An address that stands for all of a host's is the same on every host."""
+        http = self.config.http
+        return self._url(socket.gethostname() if http.host in ("0.0.0.0", "::") else http.host, http.port)
+
     def scheduler(self) -> ChildSpec:
         config = self.config
         settings = SchedulerSettings(
@@ -208,8 +213,7 @@ class Plan:
             self.incarnation,
             config.transfer.transfer,
             context_length=self.model.context_length,
-            # The same before and after a restart, by which a free port becomes a known one.
-            http=config.name or (self._url(config.http.host, config.http.port) if config.http.port else self.name),
+            http=config.name or (self._known_url() if config.http.port else self.name),
             scheduler=config.scheduler,
             cache=config.cache,
             control=replace(config.control, cluster_secret=""),

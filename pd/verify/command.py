@@ -54,6 +54,7 @@ def run_verify(options: Options) -> int:
         f"{rule.tolerance:g}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     findings = []
     for round in ROUNDS:
@@ -173,7 +174,11 @@ def _report(findings: list[Finding], options: Options) -> None:
     answered = sum(finding.status in ("equal", "tie", "differs") for finding in findings)
     counts = {s: sum(f.status == s for f in findings) for s in ("equal", "tie", "differs", "failed", "skipped")}
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    out.print(f"{said}; {remote} of {answered} answers had their prompt computed by a prefill instance", markup=False)
+    out.print(
+        f"{said}; {remote} of {answered} answers had their prompt computed by a prefill instance",
+        markup=False,
+        soft_wrap=True,
+    )
     first = next((finding for finding in findings if finding.status == "differs"), None)
     if first is not None:
         text = f"first divergence: {first.case} ({first.round}): {first.detail}"

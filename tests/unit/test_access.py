@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def test_a_worker_by_https_has_that_scheme_and_its_port() -> None:
     [
         ("", "http://127.0.0.1:30000"),
         ("--ssl-certfile c --host ::1", "https://[::1]:30000"),
+        ("--host 0.0.0.0", f"http://{socket.gethostname()}:30000"),
         ("--ssl-certfile c --name p0", "p0"),
     ],
 )
