@@ -83,7 +83,7 @@ def _meant(core: Core, command: Command) -> dict[int, int]:
         if not rid or name == rid or _number(name, rid) is not None:
             found[request.client_key] = ALL
         elif (choice := _number(rid, name)) is not None:
-            found.setdefault(request.client_key, choice)
+            found[request.client_key] = choice
     return found
 
 

@@ -69,6 +69,20 @@ def test_a_grammar_is_asked_for_once_while_it_is_remembered() -> None:
     assert asked(instance)[-1].grammar == "g", "it was the oldest"
 
 
+def test_the_grammar_that_is_forgotten_is_the_one_that_was_not_used_for_longest() -> None:
+    instance = Instance()
+    for number in range(1, REMEMBERED + 2):
+        if number == REMEMBERED + 1:
+            instance.submit(1000, prompt(5), 1, grammar="g1")  # used again
+        instance.submit(number, prompt(5, number), 1, grammar=f"g{number}")
+        compiled(instance, number)
+    count = len(asked(instance))
+    instance.submit(2001, prompt(5), 1, grammar="g1")
+    assert len(asked(instance)) == count
+    instance.submit(2002, prompt(5), 1, grammar="g2")
+    assert asked(instance)[-1].grammar == "g2"
+
+
 def test_a_grammar_that_cannot_be_used_is_the_clients_error() -> None:
     instance = Instance()
     clients = [instance.submit(key, prompt(5, key), 2, grammar="g") for key in (1, 2)]

@@ -219,3 +219,32 @@ def test_an_abort_while_a_prefill_instance_computes_cancels_there_too() -> None:
     assert client.finish is not None and client.finish.reason is FinishReason.ABORT
     sim.run(sim.now + 2)
     sim.check_rest()
+
+
+def test_an_abort_on_a_prefill_instance_ends_nothing_that_is_computed_for_others_nor_what_has_its_number() -> None:
+    sim = SimCluster(1, SimConfig(scheduler={"local_prefill": "never"}, step_time=(0.2, 0.2)))
+    leg = sim.submit_leg(sim.nodes["p0"], prompt(9), 4, room=7)
+    client = sim.submit(sim.nodes["d0"], prompt(30, 2), 4)
+    sim.run(0.1)
+    core = sim.nodes["p0"].scheduler.core
+    assert core is not None and [r.client_key for r in core.requests.values()] == [1, 1], "both are the first of a kind"
+    sim.command(sim.nodes["p0"], m.AbortMatching(5, "r2"))
+    assert sim.nodes["p0"].answers[5]["aborted"] == 0 and not leg.ended
+    sim.command(sim.nodes["p0"], m.AbortMatching(6, ""))
+    assert sim.nodes["p0"].answers[6]["aborted"] == 1 and leg.ended
+    assert sim.settle(20)
+    assert client.tokens == expected(prompt(30, 2), 4)
+
+
+def test_a_choice_that_is_over_is_not_aborted_while_the_others_wait_for_their_kv() -> None:
+    sim = SimCluster(1, SimConfig(scheduler={"local_prefill": "never"}, write_delay=(1.0, 1.0)))
+    stop = (reference_tokens(prompt(10), SamplingParams(choice=1), 1)[0],)
+    client = sim.submit(sim.nodes["d0"], prompt(10), 5, choices=3, stop=stop)
+    sim.run(0.3)
+    assert [choice.over for choice in client.choices] == [False, True, False]
+    for token, (rid, count) in enumerate((("r1-1", 0), ("r1-0", 1), ("r1-0", 0), ("r1-2", 1))):
+        sim.command(sim.nodes["d0"], m.AbortMatching(token, rid))
+        assert sim.nodes["d0"].answers[token]["aborted"] == count
+    assert client.ended
+    sim.run(sim.now + 3)
+    sim.check_rest()
