@@ -23,7 +23,7 @@ from pd.testing.instance import Client
 from pd.testing.sim_cluster import Node, SimCluster, SimConfig
 from pd.types import FinishReason, Role, SamplingParams
 
-SCENARIOS = int(os.environ.get("PD_TEST_SCENARIOS", "400")) // 3
+SCENARIOS = int(os.environ.get("PD_TEST_SCENARIOS", "400")) // 5
 TIMEOUT = 3.0
 WORKERS = 3
 #: Grammar -> tokens after which it fails.
