@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import structlog
 
 from pd.access import server_tls
+from pd.address import url_of
 from pd.api.params import Defaults
 from pd.api.service import ApiConfig
 from pd.api.tokenizer import Tokenizer
@@ -197,8 +198,7 @@ class Plan:
         return ChildSpec(name, target, config, instance=self.name, log=self.config.log, silence=silence)
 
     def _url(self, host: str, port: int) -> str:
-        scheme = "https" if self.config.http.ssl_certfile else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of("https" if self.config.http.ssl_certfile else "http", host, port)
 
     def _known_url(self) -> str:
         """The same before and after a restart. An address that stands for all of a host's is the same on every host."""

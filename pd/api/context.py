@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from pd.access import Access
+from pd.address import url_of
 from pd.api.chat_template import ChatTemplates
 from pd.api.engine import Engine
 from pd.api.exchange import Prompt
@@ -161,7 +162,7 @@ def _bootstrap_endpoint(fields: RequestFields, index: int, count: int) -> tuple[
         raise RequestError(f"bootstrap_host must be a host name or address, got {host!r}", param="bootstrap_host")
     if not 0 < port < 65536:
         raise RequestError(f"bootstrap_port must be between 1 and 65535, got {port}", param="bootstrap_port")
-    return (f"tcp://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp://{host}:{port}",)
+    return (url_of("tcp", host, port),)
 
 
 @dataclass(frozen=True)

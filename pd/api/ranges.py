@@ -10,6 +10,7 @@ from typing import Any
 
 from pd.api.context import Limits, Served
 from pd.api.params import MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP_LOGPROBS
+from pd.types import MAX_CHOICES
 
 Ranges = Mapping[str, Mapping[str, Any]]
 
@@ -36,7 +37,7 @@ _ANYWHERE: Ranges = {
     "logprob_start_len": {"minimum": -1},
     "top_logprobs_num": {"minimum": 0, "maximum": MAX_TOP_LOGPROBS},
     "truncate_prompt_tokens": {"minimum": -1, "not": {"const": 0}},
-    "n": {"minimum": 1, "maximum": 128},
+    "n": {"minimum": 1, "maximum": MAX_CHOICES},
 }
 
 _TEXT_PART = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from pd.access import Access, server_tls
+from pd.address import url_of
 from pd.child import ChildContext
 from pd.config import RouteConfig, secret_values
 from pd.errors import ConfigError
@@ -179,7 +180,7 @@ async def serve(
         background += [group.create_task(router.fleet.watch(worker)) for worker in router.fleet.all()]
         try:
             host, port = server.sockets[0].getsockname()[:2]
-            url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+            url = url_of("https" if tls else "http", host, port)
             log.info("router_listening", url=url)
             ready({"url": url, "host": host, "port": port})
             await stop.wait()

@@ -19,6 +19,7 @@ import msgspec
 
 from pd.abc import WorkerView
 from pd.access import Access, client_tls
+from pd.address import url_of
 from pd.config import RouteConfig
 from pd.errors import ConfigError
 from pd.logs import get_logger
@@ -67,7 +68,7 @@ def parse_address(flag: str, url: str, control_port: int = 0) -> Address:
     host = parts.hostname
     if parts.scheme not in ("http", "https") or not host or parts.path not in ("", "/") or parts.query:
         raise ConfigError(flag, f"{url!r} is not of the form http://HOST:PORT")
-    return Address(f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}", host, port, control_port)
+    return Address(url_of(parts.scheme, host, port), host, port, control_port)
 
 
 class Worker:
@@ -179,7 +180,7 @@ def _control_endpoint(endpoint: str, address: Address) -> str:
         return ""
     if host in ("", "0.0.0.0", "::", "*") or not _HOST.fullmatch(host):
         host = address.host
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return url_of("tcp", host, port)
 
 
 class Fleet:

@@ -17,6 +17,7 @@ from typing import Any
 import zmq
 
 from pd import messages as m
+from pd.address import url_of
 from pd.config import ControlConfig
 from pd.errors import ChannelClosed, ChannelFull, ProtocolError
 from pd.ipc.channel import Channel, Router
@@ -44,10 +45,6 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def join_endpoint(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
 def is_local(host: str) -> bool:
     """Whether `host` is an address of this machine: a socket can be bound to it."""
     with suppress(OSError):
@@ -64,7 +61,7 @@ def dial_addresses(endpoint: str) -> list[str]:
     control planes listen on loopback only, unless they have a secret.
     """
     host, port = split_endpoint(endpoint)
-    loopback = join_endpoint("127.0.0.1", port)
+    loopback = url_of("tcp", "127.0.0.1", port)
     if host in (*WILDCARDS, "localhost"):
         return [loopback]
     return [endpoint, loopback] if is_local(host) and endpoint != loopback else [endpoint]
@@ -98,7 +95,7 @@ class Links:
     def listen(self, port: int) -> str:
         """Bind the listening socket; returns its endpoint. Raises zmq.ZMQError when the port is taken."""
         options = LinkOptions(heartbeat=self.options.heartbeat, high_water=1024, max_message=16 << 20)
-        link = self.sockets.listen(zmq.ROUTER, join_endpoint(self.host, port), options)
+        link = self.sockets.listen(zmq.ROUTER, url_of("tcp", self.host, port), options)
         self._hello = Router(link, _OPENING, _OPENING, "hello")
         self.spawn(self._serve_hello(self._hello), "hello")
         return link.endpoint
@@ -119,7 +116,7 @@ class Links:
                 self.emit(ev.HelloReceived(self._clock(), self._next_conn, message))
 
     def welcome(self, conn: int, welcome: m.Welcome) -> None:
-        link = self.sockets.listen(zmq.PAIR, join_endpoint(self.host, 0), self.options, monitored=True)
+        link = self.sockets.listen(zmq.PAIR, url_of("tcp", self.host, 0), self.options, monitored=True)
         session = self._add(welcome.session, Channel(link, _ENVELOPE, _ENVELOPE, f"session {welcome.session}"))
         welcome.endpoint = link.endpoint
         self._answer(conn, welcome)
@@ -188,7 +185,7 @@ class Links:
         host, port = split_endpoint(welcome.endpoint)
         if host in WILDCARDS:
             host = split_endpoint(address)[0]
-        link = self.sockets.dial(zmq.PAIR, join_endpoint(host, port), self.options, monitored=True)
+        link = self.sockets.dial(zmq.PAIR, url_of("tcp", host, port), self.options, monitored=True)
         assert link.monitor is not None
         try:
             event = await link.monitor.next()

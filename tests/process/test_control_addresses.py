@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from pd import messages as m
+from pd.address import url_of
 from pd.config import ControlConfig
 from pd.ipc.zmq import Sockets
 from pd.scheduler import events as ev
-from pd.scheduler.links import Links, dial_addresses, join_endpoint, split_endpoint
+from pd.scheduler.links import Links, dial_addresses, split_endpoint
 from pd.types import InstanceState
 
 pytestmark = pytest.mark.process
@@ -57,7 +58,7 @@ def test_a_session_comes_up(run_async: Callable[..., Any], listening: str, named
             # Of the timeout for the second leg of a request the attaching of a decode instance is independent.
             prefill, decode = End(listening, tasks, bootstrap_timeout=1e-9), End("127.0.0.1", tasks)
             _, port = split_endpoint(prefill.links.listen(0))
-            endpoint = join_endpoint(named, port)
+            endpoint = url_of("tcp", named, port)
             decode.links.open(endpoint, HELLO, 5.0)
             hello = await prefill.events.get()
             assert isinstance(hello, ev.HelloReceived) and hello.hello == HELLO
@@ -79,7 +80,7 @@ def test_nobody_there_is_said_at_once(run_async: Callable[..., Any]) -> None:
             prefill, decode = End("127.0.0.1", tasks), End("127.0.0.1", tasks)
             _, port = split_endpoint(prefill.links.listen(0))
             prefill.close()
-            decode.links.open(join_endpoint("127.0.0.2", port), HELLO, 5.0)
+            decode.links.open(url_of("tcp", "127.0.0.2", port), HELLO, 5.0)
             refused = await decode.events.get()
             decode.close()
         assert isinstance(refused, ev.SessionRefused) and refused.reason == "the connection was refused"
