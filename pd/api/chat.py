@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import uuid
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -32,7 +32,7 @@ from pd.api.reasoning import CLOSING, OPENING, Begins, begins
 from pd.api.sse import encode
 from pd.api.tools.events import Arguments, CallBegin, Event, Reasoning
 from pd.api.tools.formats import LLAMA3, CallFormat
-from pd.api.tools.grammar import after_thoughts, call_grammar
+from pd.api.tools.grammar import after_thoughts, call_constraint
 from pd.api.tools.request import ToolWishes, tool_wishes
 from pd.errors import RequestError
 from pd.types import FinishReason
@@ -75,7 +75,7 @@ class Shape:
     separate: bool
     stream_reasoning: bool
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """All of it is content."""
         return self.calls is None and (self.begins is Begins.OUTSIDE or not self.separate)
@@ -130,7 +130,6 @@ class ChatPlan(OpenAIPlan):
         self._logprobs = bool(request.logprobs)
         self._tops = bool(request.top_logprobs)
         self._shape = shape
-        self.takes_apart = not shape.plain
         self._readings: dict[Choice, _Reading] = {}
         self._called: set[Choice] = set()
         self._thought: set[Choice] = set()
@@ -143,7 +142,7 @@ class ChatPlan(OpenAIPlan):
         return chat(self._texts, choice.ids, choice.logprobs, begin, self._tops)
 
     def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
-        if not self.takes_apart:
+        if self._shape.plain:
             return {"message": {"role": "assistant", "content": text}}
         parser = self._shape.parser(eager=False)
         found = parse_whole(parser, text)
@@ -159,7 +158,9 @@ class ChatPlan(OpenAIPlan):
             message["content"] = found.content
         return {"message": message}
 
-    def members(self, choice: Choice, text: str) -> list[bytes]:
+    def members(self, choice: Choice, text: str) -> list[bytes] | None:
+        if self._shape.plain:
+            return None
         reading = self._readings.get(choice)
         if reading is None:
             reading = self._readings[choice] = _Reading(self._shape.parser(eager=True))
@@ -180,7 +181,7 @@ class ChatPlan(OpenAIPlan):
     def usage(self, exchange: Exchange) -> dict[str, Any]:
         found = super().usage(exchange)
         closing = self._context.tokenizer.added_id(CLOSING)
-        if self._shape.thinks and self.takes_apart and closing is not None:
+        if self._shape.thinks and not self._shape.plain and closing is not None:
             counts = [self._thought_tokens(choice, closing) for choice in exchange.choices() if choice in self._thought]
             found["completion_tokens_details"] = {"reasoning_tokens": sum(counts)}
         return found
@@ -341,8 +342,7 @@ async def _constrained(
                 param="tools",
             )
         if tools.constrained:
-            # Schemas are checked on the way, which takes its time with large ones.
-            grammar = await asyncio.to_thread(call_grammar, format, tools, added_id)
+            grammar = await context.grammars.make(call_constraint(format, tools, added_id))
     grammar = after_thoughts(grammar, shape.begins, added_id)
     return dataclasses.replace(wishes, sampling=msgspec.structs.replace(wishes.sampling, grammar=grammar))
 

@@ -72,7 +72,6 @@ class OpenAIPlan(abc.ABC):
     object_chunk: ClassVar[str]
     text_form: ClassVar[tuple[bytes, bytes]]
     empty: ClassVar[bytes]
-    takes_apart = False  # the output is more than text: see `members`
 
     def __init__(self, context: Context, request: OpenAIRequest, rid: str, prompts: list[Prompt]) -> None:
         options = request.stream_options
@@ -110,9 +109,9 @@ class OpenAIPlan(abc.ABC):
     def whole_choice(self, choice: Choice, text: str) -> dict[str, Any]:
         """The member that holds an unstreamed choice's text."""
 
-    def members(self, choice: Choice, text: str) -> list[bytes]:
-        """With `takes_apart`: what this new text means, as members of stream chunks; none while that is not known."""
-        raise NotImplementedError
+    def members(self, choice: Choice, text: str) -> list[bytes] | None:
+        """What this text means, as members of stream chunks; [] while that is not known, None where it is just text."""
+        return None
 
     def finish_reason(self, choice: Choice) -> str:
         assert choice.finish is not None
@@ -178,8 +177,9 @@ class OpenAIPlan(abc.ABC):
             if choice.finish is None and not text:
                 continue
             index = choice.place
-            if self.takes_apart:
-                chunks += self._apart(exchange, choice, index, self.members(choice, text))
+            members = self.members(choice, text)
+            if members is not None:
+                chunks += self._apart(exchange, choice, index, members)
             elif plain and choice.finish is None:
                 chunks.append(self._template.text(index, text))
             else:

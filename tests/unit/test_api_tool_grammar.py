@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Library
 
 from pd.api.reasoning import Begins
 from pd.api.tools.formats import HERMES, LLAMA3, CallFormat
-from pd.api.tools.grammar import after_thoughts, call_grammar
+from pd.api.tools.grammar import after_thoughts, call_constraint, call_grammar
 from pd.api.tools.request import ToolWishes, tool_wishes
 from pd.errors import RequestError
 from pd.testing import tiny_tokenizer
@@ -229,3 +229,29 @@ def test_no_tools_and_no_choice_are_nothing_to_wish_for() -> None:
     assert tool_wishes(None, None, None) is tool_wishes([], "auto", True) is tool_wishes(TOOLS, "none", None) is None
     found = wishes(choice={"type": "function", "function": {"name": "now"}})
     assert found.forced and found.names == {"now"} and len(found.tools) == 2
+
+
+def test_equal_wishes_have_one_grammar_and_all_others_their_own() -> None:
+    strict = [tool("weather", CITY, strict=True), tool("now")]
+    asked = [
+        (HERMES, wishes()),
+        (LLAMA3, wishes()),
+        (HERMES, wishes(parallel=False)),
+        (HERMES, wishes(choice={"type": "function", "function": {"name": "now"}})),
+        (HERMES, wishes(strict)),
+        (HERMES, wishes(strict, "auto")),
+        (HERMES, wishes(TOOLS[:1])),
+    ]
+    keys = [call_constraint(format, wish, text_only).key for format, wish in asked]
+    assert len(set(keys)) == len(keys)
+    again = call_constraint(HERMES, wishes(), text_only)
+    assert again.key == keys[0] and again.make() == call_grammar(HERMES, wishes(), text_only)
+
+
+def test_a_schema_that_is_too_deep_to_be_told_apart_is_refused_with_its_tools_name() -> None:
+    deep: dict[str, Any] = {"type": "object"}
+    for _ in range(1500):
+        deep = {"type": "object", "properties": {"a": deep}}
+    with pytest.raises(RequestError) as found:
+        call_constraint(HERMES, wishes([tool("deep", deep)]), text_only).make()
+    assert found.value.param == "tools[0].function.parameters"

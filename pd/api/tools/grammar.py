@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 from llguidance import LLMatcher
 
+from pd.api.grammar import Constraint
 from pd.api.reasoning import CLOSING, OPENING, Begins
 from pd.api.tools.formats import CallFormat
 from pd.api.tools.request import Function, ToolWishes
@@ -44,6 +47,16 @@ def call_grammar(format: CallFormat, wishes: ToolWishes, added_id: AddedId) -> s
     else:
         lines = _calls_instead_of_text(format, rest, added_id)
     return "\n".join([*lines, *rules]) + "\n"
+
+
+def call_constraint(format: CallFormat, wishes: ToolWishes, added_id: AddedId) -> Constraint:
+    """`call_grammar`, to be made once: the same tools come with every turn of a conversation."""
+    try:
+        asked = msgspec.json.encode((format.name, wishes.choice, wishes.named, wishes.parallel, wishes.functions))
+        key = f"tools {asked.decode()}"
+    except RecursionError:  # too deep for a grammar, which will name the tool if it is to be called
+        key = uuid.uuid4().hex
+    return Constraint("tools", key, lambda: call_grammar(format, wishes, added_id))
 
 
 def _calls_in_text(opening: str, rest: str, markup: str, added_id: AddedId) -> list[str]:

@@ -5,6 +5,7 @@ This is the client's hot path (one call per token): bytes in, a few appended num
 
 from __future__ import annotations
 
+import abc
 from array import array
 from typing import Any
 
@@ -89,7 +90,7 @@ _decode_native = msgspec.json.Decoder(_NativeChunk).decode
 _decode_native_output = msgspec.json.Decoder(_NativeOutput).decode
 
 
-class Answer:
+class Answer(abc.ABC):
     """One streamed answer as its bytes arrive (the client's `Sink`), and afterwards the facts about it.
 
     `times` holds the arrival (time.perf_counter, seconds) of every event that carries output; `counts` how many tokens
@@ -197,8 +198,9 @@ class Answer:
         self._known = self._known and count > 0
         self._total += count or 1
 
+    @abc.abstractmethod
     def _event(self, payload: bytes, now: float) -> None:
-        raise NotImplementedError
+        """One event's payload."""
 
 
 class OpenAiAnswer(Answer):
