@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pd.bench.serve.sse import SseParser
 from pd.errors import PdError
 from pd.verify.compare import Output
 from pd.verify.workload import Case
-
-#: Requests at once.
-CONCURRENCY = 32
 
 
 class AskFailed(PdError):
@@ -59,8 +57,8 @@ class Server:
         except (KeyError, TypeError) as error:
             raise AskFailed(f"{self.url} answers in an unknown form: {error!r}") from error
 
-    def ask_all(self, cases: list[Case]) -> list[Answer | AskFailed]:
-        """All at once; the answers in the order of the cases."""
+    def ask_all(self, cases: list[Case], at_once: int) -> list[Answer | AskFailed]:
+        """So many requests at once; the answers in the order of the cases."""
 
         def one(case: Case) -> Answer | AskFailed:
             try:
@@ -68,7 +66,7 @@ class Server:
             except AskFailed as error:
                 return error
 
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             return list(pool.map(one, cases))
 
     def _call(self, path: str, body: bytes | None) -> tuple[bytes, str]:
@@ -105,10 +103,7 @@ def _last_events(body: bytes) -> list[dict[str, Any]]:
     """The last event of each output, which is cumulative, in order. Raises AskFailed for a stream without its end."""
     last: dict[int, dict[str, Any]] = {}
     done = False
-    for line in body.split(b"\n"):
-        if not line.startswith(b"data: "):
-            continue
-        data = line.removeprefix(b"data: ").strip()
+    for data in SseParser().feed(body):
         if data == b"[DONE]":
             done = True
             continue

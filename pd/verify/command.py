@@ -20,7 +20,8 @@ from pd.verify.workload import Case, Facts, workload
 #: (case, the deployment's outputs) -> what they ought to be. Raises AskFailed.
 Judge = Callable[[Case, list[Output]], list[Output]]
 
-ROUNDS = ("one by one", "all at once")
+#: How often everything is asked: name -> requests at once.
+ROUNDS = {"one by one": 1, "all at once": 32}
 _DEFAULT_PAGE = 32
 #: How far logprobs may be from those in float32. The significand of bfloat16 has three bits less than float16's.
 _NOISE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
@@ -57,8 +58,8 @@ def run_verify(options: Options) -> int:
         soft_wrap=True,
     )
     findings = []
-    for round in ROUNDS:
-        answers = _ask(server, cases, round)
+    for round, at_once in ROUNDS.items():
+        answers = server.ask_all(cases, at_once)
         for case, answer in zip(cases, answers, strict=True):
             findings.append(_finding(case, round, answer, judge, rule))
     _report(findings, options)
@@ -69,12 +70,6 @@ def rule_for(dtypes: Collection[str], tolerance: float | None) -> Rule:
     """By the coarsest of the deployment's types; `tolerance` is what the user asked for."""
     coarse = max((_NOISE.get(dtype, 0.5) for dtype in dtypes), default=1e-4)
     return Rule(coarse if tolerance is None else tolerance, exact_draws=set(dtypes) <= {"float32"})
-
-
-def _ask(server: Server, cases: list[Case], round: str) -> list[Answer | AskFailed]:
-    if round == ROUNDS[1]:
-        return server.ask_all(cases)
-    return [answer for case in cases for answer in server.ask_all([case])]
 
 
 def _finding(case: Case, round: str, answer: Answer | AskFailed, judge: Judge, rule: Rule) -> Finding:

@@ -22,9 +22,8 @@ from pd.runner.inputs import Growing, Request
 from pd.runner.sampler import sample
 from pd.types import SamplingParams
 from pd.verify.compare import Output, Token
-from pd.verify.workload import Case
+from pd.verify.workload import TOPS, Case
 
-_TOPS = 5
 _CONSTRAINED = ("json_schema", "regex", "ebnf")
 
 
@@ -44,13 +43,18 @@ class Oracle:
             info.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
         self._model = loaded.eval()
+        self._judged: dict[tuple[Any, ...], Output] = {}
 
     def judge(self, case: Case, got: list[Output]) -> list[Output]:
         """What is right at every position of the deployment's outputs, in their order: prompt by prompt."""
         found = []
         for index, output in enumerate(got):
             prompt = case.prompts[min(index // case.choices, len(case.prompts) - 1)]
-            found.append(self._judge(case, prompt, index % case.choices, output))
+            chosen = tuple(token for _, token in output.tokens)
+            key = case.name, index, tuple(output.ids), chosen, len(output.prompt)
+            if key not in self._judged:  # every case is asked more than once, and mostly answered alike
+                self._judged[key] = self._judge(case, prompt, index % case.choices, output)
+            found.append(self._judged[key])
         return found
 
     def _judge(self, case: Case, prompt: tuple[int, ...], choice: int, got: Output) -> Output:
@@ -65,7 +69,7 @@ class Oracle:
         for at, (_, chosen) in enumerate(got.tokens, len(prompt)):
             right = chosen if constrained else _draw(everything[:at], len(prompt), sampling, logits[at - 1])
             tokens.append((float(logprobs[at - 1, right]), right))
-            best = logprobs[at - 1].topk(min(_TOPS, logprobs.shape[-1]))
+            best = logprobs[at - 1].topk(min(TOPS, logprobs.shape[-1]))
             tops.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
         start = len(prompt) - len(got.prompt)
         judged: list[Token] = [

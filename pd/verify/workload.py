@@ -9,6 +9,8 @@ from typing import Any
 
 #: Output tokens of an ordinary request: enough to cross a block of 16.
 TOKENS = 20
+#: Alternatives that are asked for at each position: by them ties are told from errors.
+TOPS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Case:
             "input_ids": ids if self.batch else ids[0],
             "sampling_params": self.sampling,
             "return_logprob": True,
-            "top_logprobs_num": 5,
+            "top_logprobs_num": TOPS,
             **self.outer,
         }
         return {**body, "stream": True} if self.stream else body
