@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 NPM := npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
 PLUGINS := -e plugins/policies
-REQUIREMENTS := pyproject.toml constraints.txt plugins/policies/pyproject.toml
+DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]'
+REQUIREMENTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
 # Tests run on small machines, several processes at a time.
 export OMP_NUM_THREADS ?= 1
@@ -55,6 +56,6 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(REQUIREMENTS) tests/clients/package.json | $(BIN)/python
-	$(PIP) -e '.[dev]' $(PLUGINS)
+	$(PIP) -e '.[dev]' $(PLUGINS) $(DEV_PLUGINS)
 	@$(NPM) --prefix tests/clients || echo 'npm has failed: its client is not tested'
 	@touch $(VENV)/.installed $@

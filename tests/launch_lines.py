@@ -96,7 +96,7 @@ NIXL, ASCEND = (f"--disaggregation-transfer-backend {name}" for name in ("nixl",
 STORE = 'export ASCEND_MF_STORE_URL="tcp://$HOST:$PORT"'
 OVER_MOONCAKE = "export ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE=true"
 
-#: Refusals: one accelerator per instance, no RDMA, no backend but pd's own, and no GPU on a machine without one.
+#: Refusals: one accelerator per instance, no RDMA, no backend but direct and nixl, and no GPU on a machine without one.
 DEVICE, BACKEND, GPU = "--disaggregation-ib-device", "--disaggregation-transfer-backend", "--base-gpu-id"
 WIDE = "--tp-size 16, --dp-size 8, --enable-dp-attention, --moe-a2a-backend deepep, --nnodes 2, {rank}--dist-init-addr {master}:5000"  # noqa: E501
 PREFILL: dict[str, Any] = {"role": "prefill", "http.port": 30000, "control.control_port": 8998}
@@ -120,7 +120,8 @@ def _deepseek(number: str, transfer: str, mode: str, refused: str) -> list[Line]
     for rank, named in ((0, ""), (1, "--node-rank 1, ")):
         wide = WIDE.format(rank=named, master=master)
         ranked = text.replace("--node-rank 0", f"--node-rank {rank}")
-        lines.append(Line(f"{number}-{mode}-{rank}", ranked, (wide, refused), expected))
+        refusals = (wide, refused) if refused else (wide,)
+        lines.append(Line(f"{number}-{mode}-{rank}", ranked, refusals, expected))
     return lines
 
 
@@ -212,10 +213,10 @@ LINES = (
     ROUTE_3,
     *_deepseek("4", "--disaggregation-ib-device $DEVICE", "prefill", DEVICE),
     *_deepseek("5", "--disaggregation-ib-device $DEVICE", "decode", DEVICE),
-    Line("6a", f"{LLAMA_PREFILL} {NIXL}", (BACKEND,), PREFILL),
-    Line("6b", f"{LLAMA_DECODE} {NIXL}", (BACKEND, GPU), DECODE),
-    *_deepseek("6", NIXL, "prefill", BACKEND),
-    *_deepseek("6", NIXL, "decode", BACKEND),
+    Line("6a", f"{LLAMA_PREFILL} {NIXL}", (), {**PREFILL, "transfer.transfer": "nixl"}),
+    Line("6b", f"{LLAMA_DECODE} {NIXL}", (GPU,), {**DECODE, "transfer.transfer": "nixl"}),
+    *_deepseek("6", NIXL, "prefill", ""),
+    *_deepseek("6", NIXL, "decode", ""),
     *_ascend("7", (STORE,)),
     *_ascend("8", (STORE, OVER_MOONCAKE)),
     SERVE_9,

@@ -1,4 +1,5 @@
-"""`pd bench transfer`: a transfer backend against a raw copy of the same spans between the same two processes.
+"""`pd bench transfer`: a transfer backend against a raw copy of the same spans between the same two processes, and
+against its vendor's engine without the backend, where its package has a module for that (see `bare_engine`).
 
 All variants of one span size are measured in turns, in one run, so that a noisy machine disturbs them alike; the
 median of the rounds counts. A pool is sent whole, in spans from random places, with its pages touched before.
@@ -60,7 +61,13 @@ class Measurement:
     sender_cpu: list[float] = field(default_factory=list)
     receiver_cpu: list[float] = field(default_factory=list)
 
-    def summary(self, nbytes: int, raw: float | None) -> dict[str, Any]:
+    def add(self, round_: int, measured: tuple[float, float, float]) -> None:
+        """(seconds, CPU seconds of the sender, of the receiver); the round -1 only warms up."""
+        if round_ >= 0:
+            for values, value in zip((self.seconds, self.sender_cpu, self.receiver_cpu), measured, strict=True):
+                values.append(value)
+
+    def summary(self, nbytes: int, raw: float | None, bare: float | None = None) -> dict[str, Any]:
         seconds = statistics.median(self.seconds)
         return {
             "variant": self.variant,
@@ -68,6 +75,7 @@ class Measurement:
             "span_bytes": self.size,
             "gb_per_s": nbytes / seconds / 1e9,
             "of_raw": raw / seconds if raw else None,
+            "of_bare": bare / seconds if bare else None,
             "sender_cpu_s_per_gb": statistics.median(self.sender_cpu) / nbytes * 1e9,
             "receiver_cpu_s_per_gb": statistics.median(self.receiver_cpu) / nbytes * 1e9,
             "seconds": self.seconds,
@@ -117,22 +125,19 @@ def measure_size(size: int, options: Options, pairs: Sequence[Pair], raw: RawCop
     variants = [(pair, digests) for pair in pairs for digests in ((False, True) if pair.digests else (False,))]
     results = [Measurement(pair.name, digests, size) for pair, digests in variants]
     floor = Measurement("raw", False, size)
+    bare = [Measurement("bare", False, size) if pair.bare else None for pair in pairs]
     for round_ in range(-1, options.rounds):
+        for pair, one in zip(pairs, bare, strict=True):
+            if one is not None:
+                one.add(round_, pair.pump_bare(size))
         if raw is not None:
             seconds, cpu = raw.pump(size)
-            if round_ >= 0:
-                floor.seconds.append(seconds)
-                floor.sender_cpu.append(0.0)
-                floor.receiver_cpu.append(cpu)
+            floor.add(round_, (seconds, 0.0, cpu))
         for (pair, digests), result in zip(variants, results, strict=True):
-            seconds, sender_cpu, receiver_cpu = pair.pump(size, digests)
-            if round_ < 0:
-                if not pair.content_is_right(size):
-                    raise RuntimeError(f"{pair.name} at {size} bytes: what arrived is not what was sent")
-                continue
-            result.seconds.append(seconds)
-            result.sender_cpu.append(sender_cpu)
-            result.receiver_cpu.append(receiver_cpu)
+            result.add(round_, pair.pump(size, digests))
+            if round_ < 0 and not pair.content_is_right(size):
+                raise RuntimeError(f"{pair.name} at {size} bytes: what arrived is not what was sent")
+    results = [one for one in bare if one is not None] + results
     return [floor, *results] if raw is not None else results
 
 
@@ -146,13 +151,16 @@ def measure(options: Options, console: Console) -> dict[str, Any]:
         for size in options.sizes:
             console.print(f"{_size(size)} spans …", style="dim")
             measured = measure_size(size, options, pairs, raw)
-            floor = statistics.median(measured[0].seconds) if raw is not None else None
-            rows += [one.summary(options.nbytes, floor) for one in measured]
+            median = {one.variant: statistics.median(one.seconds) for one in measured}
+            rows += [one.summary(options.nbytes, median.get("raw"), median.get("bare")) for one in measured]
         size = min(options.sizes, key=lambda one: abs(one - (1 << 16)))
         for pair in pairs:
-            times = np.array(pair.latency(size, options.latency_count)) * 1e6
-            p50, p99 = np.percentile(times, [50, 99]).tolist()
-            latencies.append({"variant": pair.name, "span_bytes": size, "p50_us": p50, "p99_us": p99})
+            for spans in (1, min(1000, options.nbytes // size)):
+                count = max(5, options.latency_count // spans)
+                times = np.array(pair.latency(size, count, spans)) * 1e6
+                p50, p99 = np.percentile(times, [50, 99]).tolist()
+                found = {"spans": spans, "span_bytes": size, "p50_us": p50, "p99_us": p99}
+                latencies.append({"variant": pair.name, **found})
         del raw
     return {
         "schema": 1,
@@ -173,7 +181,7 @@ def _size(nbytes: int) -> str:
 
 def print_report(result: dict[str, Any], console: Console) -> None:
     table = Table(title=f"transfer: {result['options']['backend']}, median of {result['options']['rounds']}")
-    for column in ("span", "variant", "digests", "GB/s", "of raw", "CPU s/GB sender", "CPU s/GB receiver"):
+    for column in ("span", "variant", "digests", "GB/s", "of raw", "of bare", "CPU s/GB sender", "CPU s/GB receiver"):
         table.add_column(column, justify="left" if column in ("variant", "digests") else "right")
     last = None
     for row in result["throughput"]:
@@ -186,13 +194,15 @@ def print_report(result: dict[str, Any], console: Console) -> None:
             "checked" if row["digests"] else "",
             f"{row['gb_per_s']:.2f}",
             f"{row['of_raw']:.0%}" if row["of_raw"] else "",
+            f"{row['of_bare']:.0%}" if row["of_bare"] else "",
             f"{row['sender_cpu_s_per_gb']:.3f}",
             f"{row['receiver_cpu_s_per_gb']:.3f}",
         )
     console.print(table)
     for row in result["latency"]:
         size = _size(row["span_bytes"])
-        console.print(f"one {size} block over {row['variant']}: {row['p50_us']:.0f} us median, {row['p99_us']:.0f} p99")
+        what = f"{row['spans']} x {size} over {row['variant']}"
+        console.print(f"{what}: {row['p50_us']:.0f} us median, {row['p99_us']:.0f} p99")
 
 
 def write_plot(path: Path, result: dict[str, Any]) -> None:
@@ -208,7 +218,7 @@ def write_plot(path: Path, result: dict[str, Any]) -> None:
         name = row["variant"] + (", checked" if row["digests"] else "")
         lines.setdefault(name, []).append((row["span_bytes"], row["gb_per_s"]))
     for name, points in lines.items():
-        style = "k:" if name == "raw" else ("s--" if name.endswith("checked") else "o-")
+        style = "k:" if name == "raw" else "k--" if name == "bare" else ("s--" if name.endswith("checked") else "o-")
         axis.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axis.set_xscale("log", base=2)
     sizes = result["options"]["sizes"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import mmap
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +47,30 @@ def scattered(nbytes: int, length: int, region: int) -> Spans:
     return spans
 
 
+def bare_engine(name: str) -> ModuleType | None:
+    """The module `bare` beside that of the backend's factory, if its package has one.
+
+    It measures the vendor's engine as its own users drive it, without the backend, with two functions:
+
+        receive(address, nbytes) -> (descriptor, progress, close)      # progress() is called every millisecond
+        send(address, nbytes, descriptor) -> (write, close)            # write(spans) returns when all is applied
+    """
+    info = load_plugins().backends().get(name)
+    package = getattr(info.factory, "__module__", "").rpartition(".")[0] if info is not None else ""
+    if not package or importlib.util.find_spec(f"{package}.bare") is None:
+        return None
+    return importlib.import_module(f"{package}.bare")
+
+
 class BenchSide(Side):
     """A backend whose pool is registered once without digests and, where it returns them, once per block size."""
+
+    def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
+        super().__init__(factory, host, secret, options)
+        self.bare = bare_engine(options["backend"])
+        self.bare_progress: Callable[[], None] = lambda: None
+        self._bare_write: Callable[[Spans], None] | None = None
+        self._bare_close: Callable[[], None] = lambda: None
 
     def open_pool(self, identity: str, nbytes: int, blocks: Sequence[int]) -> int:
         """Returns the descriptor number of the pool's memory, in this process."""
@@ -62,6 +87,30 @@ class BenchSide(Side):
         self.pattern(1)
         owner = region.owner
         return owner.fd if isinstance(owner, SharedMemory) else -1
+
+    def bare_receive(self) -> str:
+        """Open the bare engine on the pool as a receiver; its descriptor."""
+        assert self.bare is not None
+        address, nbytes = int(self.memory.ctypes.data), self.memory.size
+        descriptor, self.bare_progress, self._bare_close = self.bare.receive(address, nbytes)
+        return bytes(descriptor).hex()
+
+    def bare_send(self, descriptor: str) -> None:
+        assert self.bare is not None
+        address, nbytes = int(self.memory.ctypes.data), self.memory.size
+        self._bare_write, self._bare_close = self.bare.send(address, nbytes, bytes.fromhex(descriptor))
+
+    def bare_transfer(self, length: int) -> list[float]:
+        """The spans of `transfer` by the bare engine; [seconds, CPU seconds of this process]."""
+        assert self._bare_write is not None
+        spans = scattered(self.memory.size, length, 0)
+        cpu, start = time.process_time(), time.perf_counter()
+        self._bare_write(spans)
+        return [time.perf_counter() - start, time.process_time() - cpu]
+
+    def close(self) -> None:
+        self._bare_close()
+        super().close()
 
     def allow(self, tag: int, region: int, sender: str) -> None:
         """Grant the whole of a region."""
@@ -91,13 +140,15 @@ class BenchSide(Side):
                 time.sleep(pause)
         return [time.perf_counter() - start, time.process_time() - cpu]
 
-    def latencies(self, peer: str, tag: int, length: int, region: int, count: int) -> list[float]:
-        """Seconds from the post of one span until it is known to be applied."""
+    def latencies(self, peer: str, tag: int, length: int, region: int, count: int, together: int) -> list[float]:
+        """Seconds from the post of `together` spans until they are known to be applied."""
         spans = scattered(self.memory.size, length, region)
+        groups = len(spans) // together
         out = []
         for i in range(count):
+            first = i % groups * together
             start = time.perf_counter()
-            ticket = self.backend.post(self._peers[peer], spans[i % len(spans)][None], tag)
+            ticket = self.backend.post(self._peers[peer], spans[first : first + together], tag)
             while not self.backend.poll(ticket):
                 self.progress()
                 time.sleep(1e-5)
@@ -117,6 +168,8 @@ class Pair:
             self.receiver.open_pool(f"{name}-receiver", nbytes, blocks)
             fd = self.sender.call("open_pool", f"{name}-sender", nbytes, blocks, timeout=120.0)
             self.peer = self.sender.call("connect", self.receiver.descriptor())
+            if self.bare:
+                self.sender.call("bare_send", self.receiver.bare_receive(), timeout=120.0)
         except BaseException:
             self.sender.kill()
             raise
@@ -147,7 +200,9 @@ class Pair:
         self._tag += 1
         self.receiver.allow(self._tag, region, f"{self.name}-sender")
         cpu = time.process_time()
-        seconds, sender_cpu = self.sender.call("transfer", self.peer, self._tag, length, region, timeout=300.0)
+        seconds, sender_cpu = self.sender.call(
+            "transfer", self.peer, self._tag, length, region, timeout=300.0, meanwhile=self._driver
+        )
         start = time.perf_counter()
         if digests:
             self._check(length, region)
@@ -157,6 +212,23 @@ class Pair:
             assert self.receiver.backend.revoke(self._tag, f"{self.name}-sender")
         return seconds, sender_cpu, receiver_cpu
 
+    @property
+    def bare(self) -> bool:
+        """Whether the engine can be measured without the backend."""
+        return self.receiver.bare is not None
+
+    @property
+    def _driver(self) -> Callable[[], None] | None:
+        return self.receiver.progress if self.receiver.capabilities.needs_progress else None
+
+    def pump_bare(self, length: int) -> tuple[float, float, float]:
+        """The same spans without the backend."""
+        cpu = time.process_time()
+        seconds, sender_cpu = self.sender.call(
+            "bare_transfer", length, timeout=300.0, meanwhile=self.receiver.bare_progress
+        )
+        return seconds, sender_cpu, time.process_time() - cpu
+
     def _check(self, length: int, region: int) -> None:
         taken = self.receiver.backend.take_digests(self._tag, f"{self.name}-sender")
         known = self._digests[length]
@@ -164,11 +236,14 @@ class Pair:
         if not np.array_equal(taken[:, 3], known) or np.any(taken[:, 0] != region):
             raise RuntimeError(f"{self.name}: a digest differs")
 
-    def latency(self, length: int, count: int) -> list[float]:
+    def latency(self, length: int, count: int, spans: int = 1) -> list[float]:
+        """Seconds for `spans` of them together, `count` times."""
         region = 1 + self.blocks.index(length) if self.digests else 0
         self._tag += 1
         self.receiver.allow(self._tag, region, f"{self.name}-sender")
-        seconds: list[float] = self.sender.call("latencies", self.peer, self._tag, length, region, count, timeout=120.0)
+        seconds: list[float] = self.sender.call(
+            "latencies", self.peer, self._tag, length, region, count, spans, timeout=120.0, meanwhile=self._driver
+        )
         if self.digests:
             self.receiver.backend.take_digests(self._tag, f"{self.name}-sender")
         return seconds

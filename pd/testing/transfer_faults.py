@@ -59,6 +59,29 @@ class TransferFaults(TransferHarness):
         for ticket in tickets:
             self.wait(ticket)
 
+    def test_a_receiver_that_is_frozen_at_first_contact_holds_up_nobody_else(self) -> None:
+        other, frozen = self.connected("other"), self.remote("frozen")
+        descriptor = frozen.call("descriptor")
+        self.grant_all(frozen, 1)
+        frozen.freeze()
+        self.here.pattern(17)
+        rows = self.everything()
+        try:
+            self.bounded("connect", lambda: self.here.connect(descriptor))
+        except PeerLost:
+            self.works(other)
+            return
+        tickets = self.bounded("post", lambda: self.post_all(frozen, rows, 1))
+        for ticket in tickets:
+            self.bounded("poll", lambda ticket=ticket: self.here.poll(ticket))  # type: ignore[misc]
+        source = self.here.memory.copy()
+        self.works(other)
+        self.bounded("reset_peer", lambda: self.here.reset_peer("frozen"))
+        self.here.memory[:] = source
+        frozen.thaw()
+        self.connect(frozen)
+        self.works(frozen)
+
     def test_after_reset_no_reused_source_byte_reaches_a_frozen_receiver(self) -> None:
         remote = self.connected("there")
         self.here.pattern(14)
@@ -77,6 +100,14 @@ class TransferFaults(TransferHarness):
             time.sleep(0.001 * attempt)
             self._reset_and_check(remote, tickets, thaw=False, tag=attempt)
             self.connect(remote)
+        self._quiet_after_linger(remote)
+
+    def _quiet_after_linger(self, remote: RemoteSide) -> None:
+        """The receiver may use its memory again: nothing that was sent before a reset still lands."""
+        time.sleep(self.linger)
+        remote.call("fill", MARK)
+        time.sleep(0.3)
+        assert remote.call("count", MARK) == self.region
 
     def _reset_and_check(self, remote: RemoteSide, tickets: list[int], thaw: bool, tag: int = 1) -> None:
         """Reset while a transfer is under way, reuse the source at once, look at what got there."""
@@ -91,6 +122,8 @@ class TransferFaults(TransferHarness):
         assert [before or self._applied(ticket) for before, ticket in zip(states, tickets, strict=True)] == reported
         if not self.receiver_driven:
             assert remote.call("count", REUSED) == 0
+            if thaw:
+                self._quiet_after_linger(remote)
             return
         digests = remote.call("take_digests", tag, "here")
         if all(reported):
@@ -121,6 +154,30 @@ class TransferFaults(TransferHarness):
         else:
             raise AssertionError("connected to an incarnation that is dead")
         self.connect(second)
+        self.works(second)
+
+    def restart(self, remote: RemoteSide, identity: str) -> RemoteSide:
+        """A receiver after `remote`, which was killed. A backend whose address can be chosen gives it the same one."""
+        return self.remote(identity)
+
+    def test_what_was_sent_to_a_receiver_never_lands_in_the_one_restarted_in_its_place(self) -> None:
+        first = self.connected("there#1")
+        self.here.fill(REUSED)
+        self.grant_all(first, 1)
+        first.freeze()
+        try:
+            tickets = self.post_all(first, self.everything(), 1)
+        except TransferError:
+            tickets = []
+        first.kill()
+        second = self.restart(first, "there#2")
+        self.grant_all(second, 1)
+        self.connect(second)
+        self.first_write(second)
+        for ticket in tickets:
+            assert self.outcome(ticket, self.bound) in ("failed", "applied")
+        assert second.call("count", REUSED) == 0
+        self.bounded("reset_peer", lambda: self.here.reset_peer("there#1"))
         self.works(second)
 
     def test_the_same_peer_can_be_connected_again_after_a_reset(self) -> None:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -193,12 +193,17 @@ class RemoteSide:
         )
         self._buffer = b""
 
-    def call(self, method: str, *args: Any, timeout: float = CALL_TIMEOUT) -> Any:
-        """Raises what the method raised: PeerLost, TransferError; RuntimeError for anything else, or no answer."""
+    def call(
+        self, method: str, *args: Any, timeout: float = CALL_TIMEOUT, meanwhile: Callable[[], None] | None = None
+    ) -> Any:
+        """Raises what the method raised: PeerLost, TransferError; RuntimeError for anything else, or no answer.
+
+        `meanwhile` is called every millisecond until the answer comes.
+        """
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([method, args]).encode() + b"\n")
         self.process.stdin.flush()
-        kind, value = json.loads(self._line(time.monotonic() + timeout))
+        kind, value = json.loads(self._line(time.monotonic() + timeout, meanwhile))
         if kind == "ok":
             return value
         if kind == "PeerLost":
@@ -207,11 +212,15 @@ class RemoteSide:
             raise TransferError(*value)
         raise RuntimeError(f"{method} in the peer process: {kind}: {value}")
 
-    def _line(self, deadline: float) -> bytes:
+    def _line(self, deadline: float, meanwhile: Callable[[], None] | None) -> bytes:
         stdout = self.process.stdout
         assert stdout is not None
         while b"\n" not in self._buffer:
-            ready, _, _ = select.select([stdout], [], [], max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([stdout], [], [], left if meanwhile is None else min(left, 0.001))
+            if not ready and left and meanwhile is not None:
+                meanwhile()
+                continue
             data = os.read(stdout.fileno(), 1 << 16) if ready else b""
             if not data:
                 raise RuntimeError("the peer process died" if ready else "the peer process does not answer")

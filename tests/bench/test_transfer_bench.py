@@ -27,7 +27,8 @@ def test_every_variant_is_measured_against_a_raw_copy_and_written_down(tmp_path,
     assert len(data["throughput"]) == 10
     for row in data["throughput"]:
         assert len(row["seconds"]) == 2 and row["gb_per_s"] > 0 and row["of_raw"] > 0
-    assert [row["variant"] for row in data["latency"]] == ["shm", "tcp"]
+    found = [(row["variant"], row["spans"]) for row in data["latency"]]
+    assert found == [("shm", 1), ("shm", 16), ("tcp", 1), ("tcp", 16)]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "checked" in capsys.readouterr().out
 

@@ -11,7 +11,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PROJECTS = [ROOT / "pyproject.toml", ROOT / "plugins/policies/pyproject.toml"]  # what `make dev` installs
+PROJECTS = [  # what `make dev` installs
+    ROOT / "pyproject.toml",
+    ROOT / "plugins/policies/pyproject.toml",
+    ROOT / "plugins/transfer_nixl/pyproject.toml",
+]
 #: Of these the machine or the user chooses the version (or that they are installed at all).
 UNPINNED = {"pd-serve", "triton"}
 

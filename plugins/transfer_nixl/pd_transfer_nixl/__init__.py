@@ -1,0 +1,1 @@
+"""NIXL as a transfer backend of pd. See the README."""

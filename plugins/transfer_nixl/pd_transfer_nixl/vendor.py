@@ -1,0 +1,86 @@
+"""The vendor's library: whether it is here, what must be set before it is imported, and the import."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+
+from pd.abc import BackendContext
+from pd.errors import BackendUnavailable
+
+#: One per CUDA version; a build from source may bring any, or only the plain name.
+MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
+REMEDY = "pip install 'pd-transfer-nixl[cpu]' (with a GPU [cuda12] or [cuda13])"
+RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+def installed() -> list[str]:
+    return [name for name in MODULES if importlib.util.find_spec(name) is not None]
+
+
+def missing() -> str | None:
+    """Why the backend cannot be used here, and the remedy; cheap."""
+    return None if installed() else f"nixl, {REMEDY}"
+
+
+def load(device: str) -> ModuleType:
+    """NIXL's Python API: for a GPU that of the CUDA version which torch has. Raises BackendUnavailable."""
+    names = installed()
+    if device != "cpu":
+        cuda = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None) or ""
+        names.sort(key=lambda name: name != f"nixl_cu{cuda.partition('.')[0]}")
+    try:
+        api = importlib.import_module(f"{[*names, 'nixl'][0]}._api")
+    except (ImportError, OSError) as error:
+        raise BackendUnavailable("nixl", str(error), REMEDY) from error
+    logger = logging.getLogger("nixl")  # the import made it write to stdout
+    logger.handlers.clear()
+    logger.propagate = True
+    return api
+
+
+def configure(context: BackendContext) -> None:
+    """Environment of this process that NIXL and UCX read at import. What the user has set stays, but for a flag.
+
+    Raises BackendUnavailable for a device or an address that does not exist here.
+    """
+    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
+    os.environ.setdefault("UCX_LOG_FILE", "stderr")
+    if devices := context.options.get("ib_device", ""):
+        os.environ["UCX_NET_DEVICES"] = ",".join(rdma_port(one.strip()) for one in devices.split(","))
+        return
+    open_to_all = context.secret is not None or context.options.get("insecure_control_plane", "") == "True"
+    host = context.host if open_to_all or context.host == "localhost" else "127.0.0.1"
+    if host not in ("0.0.0.0", "::", ""):
+        os.environ.setdefault("UCX_NET_DEVICES", interface_of(host))
+
+
+def rdma_port(device: str) -> str:
+    """ "mlx5_0" is its first port. Raises BackendUnavailable."""
+    found = sorted(entry.name for entry in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
+    name, colon, _ = device.partition(":")
+    if name not in found:
+        raise BackendUnavailable("nixl", f"RDMA device {name}", f"--ib-device is one of: {', '.join(found) or 'none'}")
+    return device if colon else f"{device}:1"
+
+
+def interface_of(host: str) -> str:
+    """The network interface that has this address. Raises BackendUnavailable."""
+    try:
+        wanted = {ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise BackendUnavailable("nixl", f"address {host}: {error}", "check --control-host") from error
+    for name, addresses in psutil.net_if_addrs().items():
+        found = {one.address.partition("%")[0] for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)}
+        if wanted & {ipaddress.ip_address(one) for one in found}:
+            return name
+    raise BackendUnavailable("nixl", f"address {host}", "no interface has it: check --control-host")
