@@ -143,6 +143,35 @@ def test_pushes_to_a_peer_begin_in_the_order_they_came():
     assert [ticket.tag for ticket in sender.backend.tickets] == [0, 1, 2, 3]
 
 
+def test_one_queue_serves_all_peers_first_come_first_served():
+    sender = Sender(peers=("D", "E", "F"), automatic=False)
+    arrivals = ["D", "E", "E", "F", "D", "F"]
+    for index, peer in enumerate(arrivals):
+        sender.queue.add(push(index, peer), 0.0)
+    sender.run()
+    assert [ticket.peer.identity for ticket in sender.backend.tickets] == arrivals
+
+
+def test_several_queues_share_what_one_thread_can_post():
+    sender, blocks = Sender(peers=("D",), max_spans_per_post=1, automatic=False), range(0, 8, 2)
+    other = Sender(peers=("E",), max_spans_per_post=1, automatic=False)
+    other.queue._backend = sender.backend  # one engine, another queue
+    for index in range(8):
+        sender.queue.add(push(index, "D", src=blocks, dst=blocks), 0.0)
+        other.queue.add(push(index, "E", src=blocks, dst=blocks), 0.0)
+    posted = []
+    while sender.queue.busy or other.queue.busy:  # as a thread that has both goes round
+        sender.queue.step(0.0)
+        other.queue.step(0.0)
+        new = sender.backend.tickets[len(posted) :]
+        posted += [ticket.peer.identity for ticket in new]
+        for ticket in new:
+            sender.backend.apply(ticket)
+    assert len(posted) == 64
+    for seen in range(16, 64, 16):
+        assert abs(posted[:seen].count("D") - seen / 2) <= POSTS_IN_FLIGHT / 2, posted
+
+
 def test_a_peer_that_does_not_take_its_posts_does_not_hold_up_another():
     sender = Sender(peers=("D", "E"), automatic=False)
     for index in range(POSTS_IN_FLIGHT + 5):
