@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 NPM := npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
 PLUGINS := -e plugins/policies
-DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]'
+DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]' -e 'plugins/transfer_mooncake[cpu]'
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
 # Tests run on small machines, several processes at a time.
@@ -56,6 +56,8 @@ $(VENV)/.installed: $(REQUIREMENTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(REQUIREMENTS) tests/clients/package.json | $(BIN)/python
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libibverbs.so.1")' 2>/dev/null || \
+		echo 'no libibverbs.so.1 (apt-get install libibverbs1): the tests of mooncake are skipped' >&2
 	$(PIP) -e '.[dev]' $(PLUGINS) $(DEV_PLUGINS)
 	@$(NPM) --prefix tests/clients || echo 'npm has failed: its client is not tested'
 	@touch $(VENV)/.installed $@

@@ -34,6 +34,8 @@ class Backend(Protocol):
     def accepts(self) -> frozenset[str]: ...
     @property
     def unavailable(self) -> Any: ...
+    @property
+    def refuses(self) -> Any: ...
 
 
 def apply(config: Any, given: Given, backends: Mapping[str, Backend] | None, policies: Collection[str] | None) -> Any:
@@ -89,6 +91,11 @@ def _with_transfer(
         reason = backends[name].unavailable() if used else None
         if reason:
             raise ConfigError(source or "--transfer", f"transfer backend {name} is unavailable: {reason}")
+        for setting in _DEVICE_SETTINGS if used else ():
+            typed = given.get(("transfer", setting))
+            reason = backends[name].refuses(setting, getattr(transfer, setting)) if typed is not None else None
+            if reason:
+                raise ConfigError(typed or setting, f"transfer backend {name} cannot use it: {reason}")
     return replace(config, transfer=transfer)
 
 

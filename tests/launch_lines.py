@@ -96,7 +96,7 @@ NIXL, ASCEND = (f"--disaggregation-transfer-backend {name}" for name in ("nixl",
 STORE = 'export ASCEND_MF_STORE_URL="tcp://$HOST:$PORT"'
 OVER_MOONCAKE = "export ENABLE_ASCEND_TRANSFER_WITH_MOONCAKE=true"
 
-#: Refusals: one accelerator per instance, no RDMA, no backend but direct and nixl, and no GPU on a machine without one.
+#: Refusals: one accelerator per instance, no RDMA device or GPU on a machine without one, and no such backend.
 DEVICE, BACKEND, GPU = "--disaggregation-ib-device", "--disaggregation-transfer-backend", "--base-gpu-id"
 WIDE = "--tp-size 16, --dp-size 8, --enable-dp-attention, --moe-a2a-backend deepep, --nnodes 2, {rank}--dist-init-addr {master}:5000"  # noqa: E501
 PREFILL: dict[str, Any] = {"role": "prefill", "http.port": 30000, "control.control_port": 8998}
@@ -156,18 +156,18 @@ QWEN_SETTINGS: dict[str, Any] = {
     "cache.max_total_tokens": 4096,
     "model.dtype": "float16",
     "model.trust_remote_code": True,
-    "transfer.transfer": "direct",
+    "transfer.transfer": "mooncake",
 }
 SERVE_9 = Line(
     "9",
     QWEN.format(gpu=0, port=7000, mode="prefill", bootstrap=8998),
-    (BACKEND, DEVICE),
+    (DEVICE,),
     {**QWEN_SETTINGS, "role": "prefill", "http.port": 7000, "control.control_port": 8998},
 )
 SERVE_10 = Line(
     "10",
     QWEN.format(gpu=1, port=7001, mode="decode", bootstrap=8999),
-    (BACKEND, DEVICE),
+    (DEVICE,),
     {**QWEN_SETTINGS, "role": "decode", "http.port": 7001, "control.control_port": 8999},
 )
 ROUTE_11 = Line(

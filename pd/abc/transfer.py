@@ -105,6 +105,7 @@ class BackendInfo:
     accepts: frozenset[str] = frozenset()  # device flags that act: "ib_device", …
     environment: Mapping[str, str] = field(default_factory=dict)  # variable -> what it does
     unavailable: Callable[[], str | None] = lambda: None  # a reason and remedy, or None; must be cheap
+    refuses: Callable[[str, str], str | None] = lambda setting, value: None  # why a device flag cannot act here
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ COMMANDS = (ServeConfig, RouteConfig, UpConfig)
 class Backend:
     accepts: frozenset[str] = frozenset()
     reason: str | None = None
+    refuses: Callable[[str, str], str | None] = lambda setting, value: None
 
     def unavailable(self) -> str | None:
         return self.reason
@@ -403,6 +404,17 @@ def test_a_device_flag_that_the_backend_cannot_use_is_an_error(line: str, field:
     with pytest.raises(ConfigError, match="cannot use it") as caught:
         serve("/m --role prefill " + line)
     assert caught.value.field == field
+
+
+def test_a_device_that_this_machine_lacks_is_an_error_that_names_the_flag_and_says_why() -> None:
+    def refuses(setting: str, value: str) -> str | None:
+        return f"no {setting} {value}" if value == "mlx5_9" else None
+
+    backends = {**BACKENDS, "mooncake": Backend(frozenset({"ib_device"}), refuses=refuses)}
+    assert serve("/m --role decode --ib-device mlx5_0", backends=backends).transfer.ib_device == "mlx5_0"
+    with pytest.raises(ConfigError, match="mooncake cannot use it: no ib_device mlx5_9") as caught:
+        serve("/m --role decode --disaggregation-ib-device mlx5_9", backends=backends)
+    assert caught.value.field == "--disaggregation-ib-device"
 
 
 def test_a_backend_without_its_library_is_refused_where_it_would_be_used() -> None:

@@ -1,0 +1,52 @@
+"""Mooncake's engine with nothing around it, on the same spans: what `pd bench transfer` compares the backend with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from pd.abc import Spans
+from pd_transfer_mooncake.plugin import load
+
+#: Seconds between looks at a write under way: from the first to the last, growing while nothing moves.
+POLL_FIRST, POLL_LAST = 50e-6, 1e-3
+
+
+def _engine() -> Any:
+    engine = load("tcp").TransferEngine()
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") != 0:
+        raise RuntimeError("Mooncake did not start")
+    return engine
+
+
+def receive(address: int, nbytes: int) -> tuple[bytes, Callable[[], None], Callable[[], None]]:
+    """(descriptor, progress, close) of an engine that owns this memory. It has threads of its own."""
+    engines = [_engine()]
+    if engines[0].register_memory(address, nbytes) != 0:
+        raise RuntimeError("Mooncake cannot register the region")
+    return msgspec.msgpack.encode((engines[0].get_rpc_port(), address)), lambda: None, engines.clear
+
+
+def send(address: int, nbytes: int, descriptor: bytes) -> tuple[Callable[[Spans], None], Callable[[], None]]:
+    """(write, close). `write` posts every span at once and returns when all are applied."""
+    port, there = msgspec.msgpack.decode(descriptor, type=tuple[int, int])
+    engines, session = [_engine()], f"127.0.0.1:{port}"
+
+    def write(spans: Spans) -> None:
+        submit, check = engines[0].transfer_submit_write, engines[0].transfer_check_status
+        waiting = [submit(session, address + row[1], there + row[3], row[4]) for row in spans.tolist()]
+        position, pause = 0, POLL_FIRST
+        while position < len(waiting):
+            status = check(waiting[position]) if waiting[position] else -1
+            if status == 1:
+                position, pause = position + 1, POLL_FIRST
+            elif status == 0:
+                time.sleep(pause)
+                pause = min(pause * 1.5, POLL_LAST)
+            else:
+                raise RuntimeError(f"a write failed: {status}")
+
+    return write, engines.clear

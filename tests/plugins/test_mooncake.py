@@ -1,0 +1,265 @@
+"""pd-transfer-mooncake with the real wheel over TCP: the conformance suite, its fence, what it refuses, a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from cluster_kit import Deployment, ask, block_bytes, check_logprobs, deploy, prompt
+from pd_transfer_mooncake import bare, plugin
+from pd_transfer_mooncake.engines import own_sockets
+
+from pd.abc import BackendContext
+from pd.cli import main
+from pd.errors import BackendUnavailable, PeerLost
+from pd.plugins import load_plugins
+from pd.rules import builtin_model
+from pd.testing import TransferConformance
+from pd.testing.transfer_harness import BLOCK
+from pd.testing.transfer_peer import HostMemory, Side
+
+PAGE = 16
+FACTORY = "pd_transfer_mooncake.plugin:make_mooncake"
+
+
+class TestMooncake(TransferConformance):
+    """One exception, which the package's README explains: Mooncake binds its listeners to every interface."""
+
+    factory = FACTORY
+    secret = "cluster secret"
+    authenticates = True
+
+    def test_nothing_listens_beyond_the_configured_host(self) -> None:
+        """What Mooncake opens is fenced: a peer's host reaches it at the configured host, others get no answer."""
+        remote = self.connected("there")
+        self.works(remote)
+        beyond = set(remote.call("listeners")) - {self.host}
+        assert beyond == {"0.0.0.0", "::"}
+        mine = ports_of_engines()
+        assert mine
+        for port in mine:  # engines that only send take nobody's connections
+            assert not answers(port, "127.0.0.1", self.host)
+
+    def test_an_engine_answers_only_its_own_peers_host_at_the_configured_host(self) -> None:
+        remote = self.remote("there")
+        before = ports_of_engines()
+        remote.call("connect", self.here.descriptor())
+        receiving = ports_of_engines() - before
+        assert len(receiving) == 2
+        for port in receiving:
+            assert answers(port, "127.0.0.1", self.host)
+            assert not answers(port, "127.0.0.2", self.host)
+            assert not answers(port, "127.0.0.1", "127.0.0.3")
+
+    def test_ending_an_engine_stops_no_other_thread_for_long(self) -> None:
+        remote = self.connected("there")
+        self.works(remote)
+        longest, stop = [0.0], threading.Event()
+
+        def watch() -> None:
+            last = time.monotonic()
+            while not stop.wait(0.001):
+                now = time.monotonic()
+                longest[0], last = max(longest[0], now - last), now
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        self.here.reset_peer("there")
+        stop.set()
+        thread.join()
+        assert longest[0] < 0.5  # Mooncake's own is up to a second
+
+    def test_a_receiver_that_hangs_when_it_is_connected_to_is_lost_in_time(self) -> None:
+        remote = self.remote("there")
+        descriptor = remote.call("descriptor")
+        remote.freeze()
+        with pytest.raises(PeerLost):
+            self.bounded("connect", lambda: self.here.connect(descriptor))
+
+    def test_both_sides_must_move_kv_by_the_same_protocol(self) -> None:
+        remote = self.remote("there")
+        self.here.backend._protocol = "rdma"  # type: ignore[attr-defined]
+        with pytest.raises(PeerLost, match="by tcp, not rdma"):
+            self.connect(remote)
+
+    def test_the_bare_engine_that_the_benchmark_compares_with_moves_the_same_spans(self) -> None:
+        other = self.local("other")
+        self.here.pattern(3)
+        descriptor, _, close_receiver = bare.receive(int(other.memory.ctypes.data), other.memory.size)
+        write, close_sender = bare.send(int(self.here.memory.ctypes.data), self.here.memory.size, descriptor)
+        rows = self.everything()
+        write(np.array(rows, dtype=np.uint64))
+        close_sender()
+        close_receiver()
+        assert np.array_equal(other.memory, self.expected(rows))
+
+
+def ports_of_engines() -> set[int]:
+    """On which this process listens at every interface."""
+    return {name[1] for _, listens, name, _ in own_sockets() if listens and name[0] in ("0.0.0.0", "::")}
+
+
+def answers(port: int, source: str, target: str) -> bool:
+    try:
+        socket.create_connection((target, port), timeout=0.3, source_address=(source, 0)).close()
+    except TimeoutError:
+        return False
+    return True
+
+
+# --- what it needs, and what it refuses -----------------------------------------------------------------------------
+
+
+def make(host: str = "127.0.0.1", **options: str) -> Any:
+    return plugin.make_mooncake(BackendContext(host, "cpu", HostMemory(), options=options))
+
+
+def test_nothing_of_mooncake_is_imported_before_the_factory_runs() -> None:
+    code = (
+        "import sys; from pd.plugins import load_plugins; plugins = load_plugins(); plugins.check();"
+        "plugins.describe(); assert 'mooncake' in plugins.backends(); assert 'mooncake' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_missing_wheel_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake", None)
+    with pytest.raises(BackendUnavailable, match=r"the wheel of .*, pip install 'pd-transfer-mooncake\[cpu\]'"):
+        make()
+
+
+def test_a_missing_system_library_is_named_with_its_debian_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugin.LIBRARIES == {"libibverbs.so.1": "apt-get install libibverbs1"}
+    monkeypatch.setattr(plugin, "LIBRARIES", {"libnowhere.so.1": "apt-get install libnowhere1"})
+    (described,) = [one for one in load_plugins().describe() if "mooncake" in one.backends]
+    assert described.unavailable == {"mooncake": "libnowhere.so.1, apt-get install libnowhere1"}
+    with pytest.raises(BackendUnavailable, match=r"libnowhere\.so\.1, apt-get install libnowhere1"):
+        make()
+
+
+def test_a_log_directory_that_would_abort_the_process_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MC_LOG_DIR", "/tmp")
+    assert main(["serve", builtin_model(), "--role", "decode", "--transfer", "mooncake"]) == 2
+    assert "--transfer: transfer backend mooncake is unavailable: MC_LOG_DIR, unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--ib-device", "--disaggregation-ib-device"])
+def test_an_rdma_device_that_is_not_there_is_refused_instead_of_becoming_tcp(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", builtin_model(), "--role", "decode", flag, "mlx5_no,mlx5_none"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pd: {flag}: transfer backend mooncake cannot use it: no RDMA device mlx5_no, mlx5_none")
+    with pytest.raises(BackendUnavailable, match="--ib-device, no RDMA device mlx5_no"):
+        make(ib_device="mlx5_no")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "said"),
+    [
+        ("smoke", {}, "use one of tcp, rdma, nvlink_intra"),
+        ("tcp", {"ib_device": "mlx5_0"}, "name one of the two"),
+        ("nvlink_intra", {}, "the installed wheel is built without it"),
+        ("rdma", {}, "no RDMA device"),
+    ],
+)
+def test_a_protocol_that_cannot_be_had_is_refused(
+    protocol: str, options: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "hcas", list)
+    monkeypatch.setenv(plugin.PROTOCOL, protocol)
+    with pytest.raises(BackendUnavailable, match=said):
+        make(**options)
+
+
+def test_a_device_that_mooncake_does_not_see_is_refused_although_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel names it, Mooncake does not find it and would take TCP."""
+    monkeypatch.setattr(plugin, "hcas", lambda: ["mlx5_0"])
+    backend = make(ib_device="mlx5_0")
+    with pytest.raises(BackendUnavailable, match="RDMA device mlx5_0, Mooncake does not see it"):
+        backend.open("here")
+    backend.close()
+
+
+def test_forced_tcp_contradicts_an_rdma_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "hcas", lambda: ["mlx5_0"])
+    assert plugin.refuses("ib_device", "mlx5_0") is None
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    assert plugin.refuses("ib_device", "mlx5_0") == "MC_FORCE_TCP is set; unset it to use RDMA"
+
+
+def test_ipv6_and_an_address_of_another_host_are_refused() -> None:
+    for host in ("::1", "192.0.2.1"):
+        backend = plugin.make_mooncake(BackendContext(host, "cpu", HostMemory(), b"key"))
+        with pytest.raises(BackendUnavailable, match=f"cannot bind to {host}.* use an IPv4 address of this host"):
+            backend.open("here")
+        backend.close()
+
+
+def test_without_a_secret_it_stays_on_this_host() -> None:
+    side = Side(FACTORY, "0.0.0.0", "", {})
+    side.open("here", BLOCK)
+    assert b"127.0.0.1" in bytes.fromhex(side.descriptor())
+    side.close()
+
+
+def test_the_package_is_small_and_imports_only_what_a_plugin_may() -> None:
+    folder = Path(plugin.__file__).parent
+    sources = [path.read_text() for path in folder.glob("*.py") if path.name != "bare.py"]
+    assert sum(bool(line.strip()) for source in sources for line in source.splitlines()) <= 600
+    imported = {name for source in sources for name in re.findall(r"^\s*(?:from|import) (pd\b[\w.]*)", source, re.M)}
+    assert imported <= {"pd", "pd.abc", "pd.errors"}
+
+
+# --- a cluster ------------------------------------------------------------------------------------------------------
+
+COMMON = ("--page-size", str(PAGE), "--chunked-prefill-size", "64", "--local-prefill", "never")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    flags = (*COMMON, "--max-total-tokens", "16384", "--disaggregation-transfer-backend", "mooncake")
+    with deploy(tmp_path_factory.mktemp("mooncake"), "llama", *flags) as found:
+        yield found
+
+
+@pytest.mark.process
+def test_tokens_and_logprobs_over_mooncake_equal_transformers(pair: Deployment) -> None:
+    lengths = [1, PAGE, PAGE + 1, 64, 150, 420]
+    prompts = [prompt(n, 300 + n) for n in lengths]
+    with pair.moved() as moved:
+        answers = pair.generate([ask(x, 9, return_logprob=True, logprob_start_len=0) for x in prompts])
+    for asked, answer in zip(prompts, answers, strict=True):
+        check_logprobs(pair.oracle, asked, answer, 9)
+    blocks = sum(-(-n // PAGE) for n in lengths)
+    assert moved["pushed"] == moved["landed"] == blocks * block_bytes(PAGE)
+    assert moved["d_computed"] == 0
+    for url in pair.instances:
+        info: dict[str, Any] = httpx.get(f"{url}/get_server_info", timeout=30).json()
+        assert "mooncake" in json.dumps(info)
+
+
+@pytest.mark.process
+def test_a_prefix_that_is_cached_on_one_side_or_both_stays_exact_over_mooncake(pair: Deployment) -> None:
+    shared = prompt(5 * PAGE, 5)
+    pair.generate([ask(shared, 2)])
+    for seed, forgetful in enumerate(("", pair.prefill, pair.decode)):
+        if forgetful:
+            pair.flush(forgetful)
+        asked = [*shared, *prompt(40, 50 + seed)]
+        (answer,) = pair.generate([ask(asked, 6, return_logprob=True)])
+        check_logprobs(pair.oracle, asked, answer, 6)
+    pair.assert_at_rest()
