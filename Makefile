@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 NPM := npm install --no-package-lock --no-audit --no-fund --ignore-scripts --loglevel=error
 PLUGINS := -e plugins/policies
-DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]' -e 'plugins/transfer_mooncake[cpu]'
+DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]' -e 'plugins/transfer_mooncake[cpu]' \
+	-e 'plugins/transfer_ascend[memfabric,adapter]'
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
 # Tests run on small machines, several processes at a time.

@@ -132,11 +132,12 @@ def _ascend(number: str, before: tuple[str, ...]) -> list[Line]:
         for mode, port, master in (("prefill", 30000, "$PREFILL_MASTER_IP"), ("decode", 30001, "$DECODE_MASTER_IP"))
     }
     tp = "--tp-size 16, --dist-init-addr {}:5000"
-    return [
-        Line(f"{number}a", f"{LLAMA_PREFILL} {ASCEND}", (BACKEND,), PREFILL, before),
-        Line(f"{number}b", f"{LLAMA_DECODE} {ASCEND}", (BACKEND, GPU), DECODE, before),
-        Line(f"{number}c", one_node["prefill"], (tp.format("10.0.0.6"), BACKEND), PREFILL, before),
-        Line(f"{number}d", one_node["decode"], (tp.format("10.0.0.7"), BACKEND), DECODE, before),
+    prefill, decode = ({**role, "transfer.transfer": "ascend"} for role in (PREFILL, DECODE))
+    return [  # without an NPU the runner of what starts ends with what the driver says
+        Line(f"{number}a", f"{LLAMA_PREFILL} {ASCEND}", (), prefill, before),
+        Line(f"{number}b", f"{LLAMA_DECODE} {ASCEND}", (GPU,), decode, before),
+        Line(f"{number}c", one_node["prefill"], (tp.format("10.0.0.6"),), prefill, before),
+        Line(f"{number}d", one_node["decode"], (tp.format("10.0.0.7"),), decode, before),
     ]
 
 

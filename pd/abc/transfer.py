@@ -93,6 +93,7 @@ class BackendContext:
     secret: bytes | None = None  # the cluster secret's data-plane key; None without PD_CLUSTER_SECRET
     options: Mapping[str, str] = field(default_factory=dict)
     log: Callable[..., None] = lambda *a, **k: None
+    role: str = ""  # "prefill" or "decode"; "" where a backend is used by itself
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def open_backend(
             secret=derive_keys(secret).data if secret else None,
             options=backend_options(config, info),
             log=log,
+            role=config.role,
         )
     )
     backend.open(config.identity)

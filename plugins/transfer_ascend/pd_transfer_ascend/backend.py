@@ -1,0 +1,246 @@
+"""The backend over `memfabric_hybrid`, or `mf_adapter`: blocking writes between registered memory of NPUs.
+
+Of the library only what both have is used, and only what `initialize` and the writes return is believed: registering
+reports success even after a start that failed. There is no poll, no cancel and no end of a single peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities
+from pd.errors import BackendUnavailable, PeerLost, TransferError
+from pd_transfer_ascend.link import Door, dial, ended
+
+#: The library registers memory in pieces of this size.
+ALIGNMENT = 2 << 20
+
+
+class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ascend/1"):
+    identity: str
+    session: str
+    host: str
+    port: int
+    regions: list[tuple[int, int]]
+
+
+@dataclass(eq=False)
+class Receiver:
+    identity: str
+    session: str
+    regions: list[tuple[int, int]]
+    sock: socket.socket
+
+
+class AscendBackend:
+    """See the module."""
+
+    capabilities = TransferCapabilities(
+        memory_kinds=frozenset({"cpu", "npu"}), concurrent_posts=True, blocking_post=True, allocates=True
+    )
+
+    def __init__(self, context: BackendContext, vendor: Any, store_url: str, protocol: str) -> None:
+        self._context, self._vendor, self._store_url = context, vendor, store_url
+        self._key = context.secret or b""
+        operations = vendor.TransferEngine.TransDataOpType
+        known = sorted(name for name in vars(operations) if name.isupper())
+        if protocol.upper() not in known:
+            names = ", ".join(known).lower()
+            raise BackendUnavailable("ascend", f"ASCEND_MF_TRANSFER_PROTOCOL={protocol}", f"use one of {names}")
+        self._operation = getattr(operations, protocol.upper())
+        trusted = self._key or context.options.get("insecure_control_plane") or context.host == "localhost"
+        self._host = context.host if trusted else "127.0.0.1"
+        self._identity = self._session = ""
+        self._engine: Any = None
+        self._door: Door | None = None
+        self._regions: list[Region] = []
+        self._lengths: dict[int, int] = {}  # of what `allocate` made: address -> whole pieces
+        self._lock = threading.Lock()
+        self._receivers: set[Receiver] = set()
+
+    def open(self, identity: str) -> None:
+        """Join the config store, which a prefill instance opens where nobody has."""
+        self._identity = identity
+        try:
+            self._door = Door(self._host, identity, self._key, self._context.log)
+        except OSError as error:
+            remedy = "use an IPv4 address of this host"
+            raise BackendUnavailable("ascend", f"cannot bind to {self._host}: {error}", remedy) from error
+        engine, role = self._vendor.TransferEngine(), "Decode" if self._context.role == "decode" else "Prefill"
+        device = int(self._context.device.partition(":")[2] or 0)
+        if role == "Prefill" and (status := self._vendor.create_config_store(self._store_url)) != 0:
+            self._context.log("no config store opened: another instance may have", url=self._store_url, status=status)
+        host, said = _reachable(self._host), list[str]()
+        port = engine.get_rpc_port()  # 0: known once it has started
+        with _own_words(said):
+            status = engine.initialize(self._store_url, f"{host}:{port}", role, device, self._operation)
+        if status != 0:
+            reason = said[-1] if said else f"initialize returned {status}"
+            raise BackendUnavailable("ascend", reason, f"check the NPU's driver and {self._store_url}")
+        self._session, self._engine = f"{host}:{port or engine.get_rpc_port()}", engine
+
+    def allocate(self, nbytes: int, device: str) -> Region | None:
+        """Host memory in whole pieces. An NPU's comes from its own allocator, which aligns."""
+        if device != "cpu":
+            return None
+        length = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        whole = np.frombuffer(mmap.mmap(-1, length + ALIGNMENT), dtype=np.uint8)
+        start = -int(whole.ctypes.data) % ALIGNMENT
+        memory = whole[start : start + nbytes]
+        address = int(memory.ctypes.data)
+        self._lengths[address] = length
+        return Region(0, address, nbytes, device, memory.data, memory)
+
+    def register(self, regions: Sequence[Region]) -> None:
+        """All in one call: another would not be taken."""
+        lengths = [self._lengths.get(region.address, region.nbytes) for region in regions]
+        for region, length in zip(regions, lengths, strict=True):
+            if region.address % ALIGNMENT or length % ALIGNMENT:
+                raise TransferError(f"a region of {region.nbytes} bytes at {region.address:#x} is not 2 MiB aligned")
+        table: dict[int, int] = {}  # the same memory may be several regions
+        for region, length in zip(regions, lengths, strict=True):
+            table[region.address] = max(length, table.get(region.address, 0))
+        status = self._engine.batch_register_memory(list(table), list(table.values()))
+        if status != 0:
+            raise TransferError(f"the library registered no memory: {status}")
+        self._regions = list(regions)
+        assert self._door is not None
+        self._door.start()
+
+    def descriptor(self) -> bytes:
+        assert self._door is not None
+        host, port = self._door.address
+        regions = [(region.address, region.nbytes) for region in self._regions]
+        return msgspec.msgpack.encode(Descriptor(self._identity, self._session, _reachable(host), port, regions))
+
+    def connect(self, descriptor: bytes) -> Peer:
+        """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone, hangs or refuses."""
+        try:
+            there = msgspec.msgpack.decode(descriptor, type=Descriptor)
+        except msgspec.MsgspecError as error:
+            raise TransferError(f"not a descriptor of ascend: {error}") from error
+        sock = dial(there.host, there.port, self._identity, there.identity, self._key)
+        receiver = Receiver(there.identity, there.session, there.regions, sock)
+        with self._lock:
+            self._receivers.add(receiver)
+        return receiver
+
+    def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
+        """One call for all spans; it returns when they are applied."""
+        assert isinstance(peer, Receiver)
+        if ended(peer.sock):  # it takes no more: let it know that nothing is under way
+            peer.sock.close()
+            raise PeerLost(peer.identity, "its connection is closed")
+        local = [(region.address, region.nbytes) for region in self._regions]
+        sources = _addresses(spans[:, 0], spans[:, 1], spans[:, 4], local, "local")
+        targets = _addresses(spans[:, 2], spans[:, 3], spans[:, 4], peer.regions, "remote")
+        if sources:
+            lengths = spans[:, 4].tolist()
+            status = self._engine.batch_transfer_sync_write(peer.session, sources, targets, lengths)
+            if status != 0:
+                raise PeerLost(peer.identity, f"a write failed: {status}")
+        return peer
+
+    def poll(self, ticket: Ticket) -> bool:
+        return True  # a post that raised has no ticket
+
+    def progress(self) -> None:
+        """Nothing to drive."""
+
+    def reset_peer(self, peer: Peer) -> None:
+        """Writes are over when `post` has returned; the closed connection tells the receiver so."""
+        assert isinstance(peer, Receiver)
+        peer.sock.close()
+        with self._lock:
+            self._receivers.discard(peer)
+
+    def grant(self, tag: int, spans: Spans, sender: str) -> None:
+        """Not asked for: not revocable."""
+
+    def revoke(self, tag: int, sender: str) -> bool:
+        return False
+
+    def fence(self, identity: str) -> None:
+        if self._context.device != "cpu":
+            self._context.memory.fence()
+
+    def take_digests(self, tag: int, sender: str) -> npt.NDArray[np.uint64]:
+        return np.empty((0, 4), np.uint64)
+
+    def expel(self, identity: str) -> bool:
+        """True when the sender has closed its connection or died: nothing can stop one that lives."""
+        assert self._door is not None
+        quiet = self._door.expel(identity)
+        self._context.log("expelled", sender=identity, quiet=quiet)
+        return quiet
+
+    def close(self) -> None:
+        with self._lock:
+            receivers = list(self._receivers)
+        for receiver in receivers:
+            self.reset_peer(receiver)
+        if self._door is not None:
+            self._door.close()
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.destroy()
+            engine.unInitialize()
+
+
+@contextlib.contextmanager
+def _own_words(said: list[str]) -> Iterator[None]:
+    """Collect the errors that the library prints to standard output, where it also stays.
+
+    Most telling last: what it says of the driver.
+    """
+    with tempfile.TemporaryFile() as file, contextlib.ExitStack() as stack:
+        kept = os.dup(1)
+        stack.callback(os.close, kept)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            file.seek(0)
+            text = file.read()
+            os.write(1, text)
+            lines = [line for line in text.decode(errors="replace").splitlines() if " error " in line.lower()]
+            said += sorted((line.rpartition("] ")[2] for line in lines), key=lambda line: "driver" in line)
+
+
+def _addresses(
+    index: npt.NDArray[np.uint64],
+    offset: npt.NDArray[np.uint64],
+    length: npt.NDArray[np.uint64],
+    regions: Sequence[tuple[int, int]],
+    what: str,
+) -> list[int]:
+    """Where spans begin. Raises TransferError for one outside its region, in arithmetic that cannot wrap around."""
+    if len(index) and int(index.max()) >= len(regions):
+        raise TransferError(f"no such {what} region")
+    start, size = np.array(regions, np.uint64).reshape(-1, 2)[index.astype(np.int64)].T
+    if np.any(length > size) or np.any(offset > size - length):
+        raise TransferError(f"a span outside a {what} region")
+    addresses: list[int] = (start + offset).tolist()
+    return addresses
+
+
+def _reachable(host: str) -> str:
+    """An address for peers to dial: for the wildcard the one from which packets leave this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        if host == "0.0.0.0":
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+            return str(probe.getsockname()[0])
+    return host if host != "0.0.0.0" else "127.0.0.1"
