@@ -1,4 +1,4 @@
-"""pd-transfer-ascend: what it does over a module of the library's surface, and how the real ones fail without an NPU."""
+"""pd-transfer-ascend: what it does over a module of the library's surface; how the real ones fail without an NPU."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from cluster_kit import Deployment, ask, block_bytes, check_logprobs, deploy, prompt
+from fault_kit import eventually, fault_cluster, send
 from pd_transfer_mooncake import bare, plugin
 from pd_transfer_mooncake.engines import own_sockets
 
@@ -263,3 +265,38 @@ def test_a_prefix_that_is_cached_on_one_side_or_both_stays_exact_over_mooncake(p
         (answer,) = pair.generate([ask(asked, 6, return_logprob=True)])
         check_logprobs(pair.oracle, asked, answer, 6)
     pair.assert_at_rest()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_frozen_decode_instance_does_not_slow_down_another_one_nor_keep_blocks(tmp_path: Path) -> None:
+    """The prefill instance of both is about to push to one of them when that freezes."""
+    point = "prefill-0.runner.push"
+    with fault_cluster(tmp_path, "--transfer", "mooncake") as cluster:
+        cluster.wait_until_healthy()
+
+        def served(seed: int) -> tuple[float, list[str]]:
+            began = time.monotonic()
+            asks = [cluster.ask(prompt(300, seed + i), stream=False, decode=1).start().wait() for i in range(12)]
+            assert {(one.outcome, one.used) for one in asks} == {("tokens", "prefill-0")}, asks
+            return time.monotonic() - began, [one.text for one in asks]
+
+        _, texts = served(1000)
+        before, _ = served(2000)
+        frozen = cluster.victim("decode-0")
+        cluster.faults.arm(point)
+        held = cluster.ask(prompt(600, 3000), stream=True).start()
+        cluster.faults.wait((point,))
+        send(frozen, signal.SIGSTOP)
+        try:
+            cluster.faults.release(point)
+            beside, _ = served(4000)
+            eventually(lambda: cluster.command.logged("handoff_lost"), 10.0)
+            _, again = served(1000)
+        finally:
+            send(frozen, signal.SIGCONT)
+        held.wait()
+        cluster.wait_until_healthy()
+        after, _ = served(5000)
+        assert again == texts
+        assert beside < 1.5 * max(before, after) + 0.5, (before, beside, after)

@@ -11,7 +11,7 @@ import msgspec
 from pd.abc import Spans
 from pd_transfer_mooncake.plugin import load
 
-#: Seconds between looks at a write under way: from the first to the last, growing while nothing moves.
+#: Seconds between looks at writes under way, growing: looking often takes time from the engine's own thread.
 POLL_FIRST, POLL_LAST = 50e-6, 1e-3
 
 
@@ -42,7 +42,7 @@ def send(address: int, nbytes: int, descriptor: bytes) -> tuple[Callable[[Spans]
         while position < len(waiting):
             status = check(waiting[position]) if waiting[position] else -1
             if status == 1:
-                position, pause = position + 1, POLL_FIRST
+                position += 1
             elif status == 0:
                 time.sleep(pause)
                 pause = min(pause * 1.5, POLL_LAST)
