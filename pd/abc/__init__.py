@@ -1,8 +1,10 @@
 """The public interfaces: all that a plugin implements."""
 
+from pd.abc.doors import Call, Caller, Door, reachable_address
 from pd.abc.policy import PolicyContext, RouteRequest, RoutingPolicy, WorkerView
 from pd.abc.transfer import (
     BackendContext,
+    BackendDefaults,
     BackendInfo,
     DeviceMemory,
     Peer,
@@ -11,12 +13,19 @@ from pd.abc.transfer import (
     Ticket,
     TransferBackend,
     TransferCapabilities,
+    addresses,
+    decode,
+    missing_rdma_devices,
 )
 
 __all__ = [
     "BackendContext",
+    "BackendDefaults",
     "BackendInfo",
+    "Call",
+    "Caller",
     "DeviceMemory",
+    "Door",
     "Peer",
     "PolicyContext",
     "Region",
@@ -27,4 +36,8 @@ __all__ = [
     "TransferBackend",
     "TransferCapabilities",
     "WorkerView",
+    "addresses",
+    "decode",
+    "missing_rdma_devices",
+    "reachable_address",
 ]

@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from pd.errors import TransferError
 
 #: uint64[n, 5]: local region index, local offset, remote region index, remote offset, length in bytes.
 #: Sorted by (remote region, remote offset), neighbours already merged.
 Spans: TypeAlias = npt.NDArray[np.uint64]
+U64: TypeAlias = npt.NDArray[np.uint64]
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+RDMA_DEVICES = Path("/sys/class/infiniband")
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,15 @@ class BackendContext:
     log: Callable[..., None] = lambda *a, **k: None
     role: str = ""  # "prefill" or "decode"; "" where a backend is used by itself
 
+    @property
+    def data_host(self) -> str:
+        """Where a backend may take connections: `host` if peers can prove who they are or the user calls the network
+
+        safe (option `insecure_control_plane`); loopback otherwise.
+        """
+        insecure = self.options.get("insecure_control_plane", "").lower() in ("1", "true", "yes")
+        return self.host if self.secret is not None or insecure or self.host in LOOPBACK else "127.0.0.1"
+
 
 @dataclass(frozen=True)
 class BackendInfo:
@@ -164,3 +184,69 @@ class TransferBackend(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+class BackendDefaults:
+    """For a backend whose capabilities exclude some methods of TransferBackend: these do what is right then.
+
+    Not `revocable`, no `returns_digests`, no `allocates`, no `needs_progress`. `context` is the factory's argument.
+    """
+
+    def __init__(self, context: BackendContext) -> None:
+        self.context = context
+
+    def allocate(self, nbytes: int, device: str) -> Region | None:
+        return None
+
+    def grant(self, tag: int, spans: Spans, sender: str) -> None:
+        """Not revocable: whoever is connected may write to all that is registered."""
+
+    def revoke(self, tag: int, sender: str) -> bool:
+        return False
+
+    def take_digests(self, tag: int, sender: str) -> U64:
+        return np.zeros((0, 4), np.uint64)
+
+    def fence(self, identity: str) -> None:
+        """Enough where a write is reported complete when it is in memory: the host sees it, a device is told."""
+        if self.context.device != "cpu":
+            self.context.memory.fence()
+
+    def progress(self) -> None:
+        """Nothing to drive."""
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """A msgspec struct from a peer's descriptor or words. Raises TransferError."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise TransferError(f"no {kind.__name__.lower()} of this backend: {error}") from error
+
+
+def addresses(index: U64, offset: U64, length: U64, regions: Sequence[tuple[int, int]], what: str) -> U64:
+    """Where spans begin, given each region's address and bytes; for columns of Spans.
+
+    Raises TransferError for one that is empty or not wholly in its region, in arithmetic that cannot wrap around.
+    """
+    if not len(index):
+        return offset
+    if int(index.max()) >= len(regions):
+        raise TransferError(f"no such {what} region")
+    start, size = np.array(regions, np.uint64).reshape(-1, 2)[index.astype(np.int64)].T
+    if not length.all() or np.any(length > size) or np.any(offset > size - length):
+        raise TransferError(f"a span outside a {what} region")
+    found: U64 = start + offset
+    return found
+
+
+def missing_rdma_devices(names: str) -> str | None:
+    """What is wrong with a list of RDMA devices ("mlx5_0,mlx5_1:1"), or None if this machine has them all.
+
+    An empty list asks for any device.
+    """
+    here = sorted(path.name for path in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
+    missing = [one.strip() for one in names.split(",") if one and one.partition(":")[0].strip() not in here]
+    if here and not missing:
+        return None
+    return f"no RDMA device {', '.join(missing)} on this machine (there: {', '.join(here) or 'none'})"

@@ -6,8 +6,9 @@
         factory = "my_backend.plugin:make"     # (BackendContext) -> TransferBackend
         options = {"ib_device": "mlx5_0"}
 
-Every test starts real processes of its own; a test that does not apply to a backend's capabilities is skipped, as is
-one that the class lists in `exceptions` with a reason.
+Every test starts real processes of its own. Only what the class lists in `exceptions`, with a reason, is left out:
+
+    exceptions = dict.fromkeys(NOT_REVOCABLE, "the engine knows no hand-offs") | {"test_…": "why"}
 """
 
 from __future__ import annotations

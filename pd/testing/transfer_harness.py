@@ -18,6 +18,17 @@ FIRST_TAG = 1 << 41
 REUSED, MARK = 255, 0  # bytes that `pattern` never makes
 
 
+#: Tests that need a capability: what to name in `exceptions`, with the reason, for a backend without it.
+NOT_REVOCABLE = (
+    "test_only_what_is_granted_lands",
+    "test_after_a_revoke_nothing_of_the_hand_off_lands",
+    "test_a_frozen_sender_does_not_hold_up_revoke_or_expel",
+)
+NO_DIGESTS = ("test_the_digests_of_a_landing_are_those_of_its_blocks",)
+ONE_THREAD = ("test_threads_may_post_to_different_peers_at_the_same_time",)
+NO_AUTHENTICATION = ("test_a_peer_without_the_secret_is_refused",)
+
+
 class TransferHarness:
     """Settings and helpers of `pd.testing.TransferConformance`."""
 
@@ -89,8 +100,8 @@ class TransferHarness:
         assert self.here.connect(remote.call("descriptor")) == remote.identity
 
     def need(self, capability: bool, what: str) -> None:
-        if not capability:
-            raise unittest.SkipTest(what)
+        """Fails: only `exceptions` may leave a test out."""
+        assert capability, f"{what}: name this test in `exceptions`, with the reason, and in the package's README"
 
     def until(self, done: Callable[[], bool], timeout: float = 20.0) -> None:
         """Poll `done`, driving the local backend, until it is true."""

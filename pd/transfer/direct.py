@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities
+from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities, reachable_address
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.ipc.memory import SharedMemory
 from pd.transfer.direct_ledger import Ledger, sizes_of, within
@@ -35,9 +35,6 @@ QUIET_TIMEOUT = 5.0
 
 #: Connections whose handshake is not over; more are closed at once.
 UNPROVEN_LIMIT = 64
-
-ANY_HOST = ("0.0.0.0", "::", "")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct/1"):
@@ -54,19 +51,6 @@ class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct
 def machine_id() -> str:
     """The same for processes of one running kernel."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def reachable_address(host: str) -> str:
-    """An address for peers to dial: `host`, or for a wildcard the address from which packets leave this machine."""
-    if host not in ANY_HOST:
-        return host
-    family = socket.AF_INET6 if host == "::" else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("2001:db8::1" if host == "::" else "192.0.2.1", 9))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "::1" if host == "::" else "127.0.0.1"
 
 
 class DirectBackend:
@@ -90,9 +74,7 @@ class DirectBackend:
         self._memory = context.options.get("transfer_memory", "auto")
         if self._memory not in ("auto", "shm", "tcp"):
             raise BackendUnavailable("direct", f"transfer_memory={self._memory}", "use auto, shm or tcp")
-        insecure = context.options.get("insecure_control_plane", "").lower() in ("1", "true", "yes")
-        trusted = context.secret is not None or insecure or context.host in LOOPBACK
-        self._host = context.host if trusted else "127.0.0.1"
+        self._host = context.data_host
         self._identity = ""
         self._regions: Sequence[Region] = ()
         self._shared: dict[int, SharedMemory] = {}  # address -> what allocate() made

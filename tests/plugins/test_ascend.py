@@ -18,7 +18,7 @@ from pd.cli import main
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.plugins import load_plugins
 from pd.rules import builtin_model
-from pd.testing import TransferConformance
+from pd.testing import NO_DIGESTS, NOT_REVOCABLE, TransferConformance
 from pd.testing.transfer_peer import HostMemory
 from tests.plugins import fake_memfabric
 
@@ -43,6 +43,7 @@ class TestAscend(TransferConformance):
     factory = "tests.plugins.fake_memfabric:make"
     secret = "cluster secret"
     authenticates = True
+    exceptions = dict.fromkeys((*NOT_REVOCABLE, *NO_DIGESTS), "the engine knows neither hand-offs nor digests")
 
     @pytest.fixture(autouse=True)
     def _in_the_fabric(self, _fabric: None) -> None:

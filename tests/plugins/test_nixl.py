@@ -20,16 +20,21 @@ from pd_transfer_nixl import vendor
 from pd_transfer_nixl.agents import rows
 from pd_transfer_nixl.plugin import make_nixl
 
-from pd.abc import BackendContext
-from pd.errors import BackendUnavailable
+from pd.abc import BackendContext, transfer
+from pd.errors import BackendUnavailable, PeerLost
 from pd.plugins import load_plugins
-from pd.testing import TransferConformance
+from pd.testing import NO_DIGESTS, NOT_REVOCABLE, ONE_THREAD, TransferConformance
 from pd.testing.transfer_harness import BLOCK, MARK, REUSED
 from pd.testing.transfer_peer import HostMemory, checksum
 
 
 class Nixl(TransferConformance):
     factory = "pd_transfer_nixl.plugin:make_nixl"
+    secret = "cluster secret"
+    authenticates = True
+    exceptions = dict.fromkeys(
+        (*NOT_REVOCABLE, *NO_DIGESTS, *ONE_THREAD), "the engine knows neither hand-offs nor digests nor threads"
+    )
     transports: ClassVar[str] = ""
 
     def setup_method(self, method: Any = None) -> None:
@@ -74,7 +79,20 @@ class TestNixl(Nixl):
         self.until(lambda: remote.call("poll", ticket))
         assert self.here.expel("there") is False
         remote.kill()
-        assert self.here.expel("there") is True
+        self.until(lambda: self.here.expel("there"), 5.0)
+
+    def test_a_copying_sender_is_quiet_once_it_was_reset(self) -> None:
+        remote = self.remote("there")
+        remote.call("connect", self.here.descriptor())
+        ticket = remote.call("post", "here", self.rows([(0, 0)]), 1)
+        self.until(lambda: remote.call("poll", ticket))
+        assert self.here.expel("there") is False
+        with pytest.raises(PeerLost, match="closed"):
+            remote.call("post", "here", self.rows([(0, 0)]), 1)
+        remote.call("reset_peer", "here")
+        self.until(lambda: self.here.expel("there"), 5.0)
+        with pytest.raises(PeerLost, match="takes nothing"):
+            remote.call("connect", self.here.descriptor())
 
 
 class NixlTcp(Nixl):
@@ -109,6 +127,8 @@ SHORT = {
         "test_a_damaged_descriptor_is_refused_and_a_good_one_still_works",
         "test_an_address_outside_a_region_is_refused_and_touches_nothing",
         "test_a_living_sender_that_copies_by_itself_is_never_called_quiet",
+        "test_a_copying_sender_is_quiet_once_it_was_reset",
+        "test_a_peer_without_the_secret_is_refused",
         "test_an_idle_peer_costs_no_cpu",
     ),
     NixlTcp: (
@@ -218,15 +238,15 @@ def test_what_the_user_has_set_stays(environ: pytest.MonkeyPatch) -> None:
 
 
 def test_an_rdma_device_is_named_by_its_port_and_must_exist(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environ.setattr(vendor, "RDMA_DEVICES", tmp_path / "none")
-    with pytest.raises(BackendUnavailable, match=r"RDMA device mlx5_0, --ib-device is one of: none"):
+    environ.setattr(transfer, "RDMA_DEVICES", tmp_path / "none")
+    with pytest.raises(BackendUnavailable, match=r"--ib-device, no RDMA device mlx5_0 on this machine .there: none"):
         vendor.configure(context(ib_device="mlx5_0"))
     (tmp_path / "mlx5_0").mkdir()
     (tmp_path / "mlx5_1").mkdir()
-    environ.setattr(vendor, "RDMA_DEVICES", tmp_path)
+    environ.setattr(transfer, "RDMA_DEVICES", tmp_path)
     vendor.configure(context(ib_device="mlx5_0, mlx5_1:2"))
     assert os.environ["UCX_NET_DEVICES"] == "mlx5_0:1,mlx5_1:2"
-    with pytest.raises(BackendUnavailable, match="one of: mlx5_0, mlx5_1"):
+    with pytest.raises(BackendUnavailable, match="there: mlx5_0, mlx5_1"):
         vendor.configure(context(ib_device="mlx5_7"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,21 +17,34 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities
+from pd.abc import (
+    BackendContext,
+    BackendDefaults,
+    Call,
+    Door,
+    Peer,
+    Region,
+    Spans,
+    Ticket,
+    TransferCapabilities,
+    addresses,
+    decode,
+    reachable_address,
+)
 from pd.errors import BackendUnavailable, PeerLost, TransferError
-from pd_transfer_ascend.link import Door, dial, ended
 
 #: The library registers memory in pieces of this size.
 ALIGNMENT = 2 << 20
+
+#: Seconds for the handshake with a peer.
+CONTACT_TIMEOUT = 3.0
 
 
 class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ascend/1"):
     identity: str
     session: str
-    host: str
-    port: int
+    address: tuple[str, int]
     regions: list[tuple[int, int]]
 
 
@@ -41,10 +53,10 @@ class Receiver:
     identity: str
     session: str
     regions: list[tuple[int, int]]
-    sock: socket.socket
+    call: Call
 
 
-class AscendBackend:
+class AscendBackend(BackendDefaults):
     """See the module."""
 
     capabilities = TransferCapabilities(
@@ -52,16 +64,14 @@ class AscendBackend:
     )
 
     def __init__(self, context: BackendContext, vendor: Any, store_url: str, protocol: str) -> None:
-        self._context, self._vendor, self._store_url = context, vendor, store_url
-        self._key = context.secret or b""
+        super().__init__(context)
+        self._vendor, self._store_url = vendor, store_url
         operations = vendor.TransferEngine.TransDataOpType
         known = sorted(name for name in vars(operations) if name.isupper())
         if protocol.upper() not in known:
             names = ", ".join(known).lower()
             raise BackendUnavailable("ascend", f"ASCEND_MF_TRANSFER_PROTOCOL={protocol}", f"use one of {names}")
         self._operation = getattr(operations, protocol.upper())
-        trusted = self._key or context.options.get("insecure_control_plane") or context.host == "localhost"
-        self._host = context.host if trusted else "127.0.0.1"
         self._identity = self._session = ""
         self._engine: Any = None
         self._door: Door | None = None
@@ -73,16 +83,12 @@ class AscendBackend:
     def open(self, identity: str) -> None:
         """Join the config store, which a prefill instance opens where nobody has."""
         self._identity = identity
-        try:
-            self._door = Door(self._host, identity, self._key, self._context.log)
-        except OSError as error:
-            remedy = "use an IPv4 address of this host"
-            raise BackendUnavailable("ascend", f"cannot bind to {self._host}: {error}", remedy) from error
-        engine, role = self._vendor.TransferEngine(), "Decode" if self._context.role == "decode" else "Prefill"
-        device = int(self._context.device.partition(":")[2] or 0)
+        self._door = Door(self.context, "ascend", identity, lambda caller: b"")
+        engine, role = self._vendor.TransferEngine(), "Decode" if self.context.role == "decode" else "Prefill"
+        device = int(self.context.device.partition(":")[2] or 0)
         if role == "Prefill" and (status := self._vendor.create_config_store(self._store_url)) != 0:
-            self._context.log("no config store opened: another instance may have", url=self._store_url, status=status)
-        host, said = _reachable(self._host), list[str]()
+            self.context.log("no config store opened: another instance may have", url=self._store_url, status=status)
+        host, said = reachable_address(self._door.host), list[str]()
         port = engine.get_rpc_port()  # 0: known once it has started
         with _own_words(said):
             status = engine.initialize(self._store_url, f"{host}:{port}", role, device, self._operation)
@@ -121,18 +127,17 @@ class AscendBackend:
 
     def descriptor(self) -> bytes:
         assert self._door is not None
-        host, port = self._door.address
         regions = [(region.address, region.nbytes) for region in self._regions]
-        return msgspec.msgpack.encode(Descriptor(self._identity, self._session, _reachable(host), port, regions))
+        return msgspec.msgpack.encode(Descriptor(self._identity, self._session, self._door.address, regions))
 
     def connect(self, descriptor: bytes) -> Peer:
         """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone, hangs or refuses."""
-        try:
-            there = msgspec.msgpack.decode(descriptor, type=Descriptor)
-        except msgspec.MsgspecError as error:
-            raise TransferError(f"not a descriptor of ascend: {error}") from error
-        sock = dial(there.host, there.port, self._identity, there.identity, self._key)
-        receiver = Receiver(there.identity, there.session, there.regions, sock)
+        there = decode(descriptor, Descriptor)
+        call = Call(self.context, "ascend", self._identity, there.identity, there.address, b"")
+        if not call.wait(CONTACT_TIMEOUT) or not call.answered:
+            call.close()
+            raise PeerLost(there.identity, call.end or "it does not answer")
+        receiver = Receiver(there.identity, there.session, there.regions, call)
         with self._lock:
             self._receivers.add(receiver)
         return receiver
@@ -140,15 +145,15 @@ class AscendBackend:
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         """One call for all spans; it returns when they are applied."""
         assert isinstance(peer, Receiver)
-        if ended(peer.sock):  # it takes no more: let it know that nothing is under way
-            peer.sock.close()
-            raise PeerLost(peer.identity, "its connection is closed")
+        if end := peer.call.end:  # it takes no more: let it know that nothing is under way
+            peer.call.close()
+            raise PeerLost(peer.identity, end)
         local = [(region.address, region.nbytes) for region in self._regions]
-        sources = _addresses(spans[:, 0], spans[:, 1], spans[:, 4], local, "local")
-        targets = _addresses(spans[:, 2], spans[:, 3], spans[:, 4], peer.regions, "remote")
-        if sources:
-            lengths = spans[:, 4].tolist()
-            status = self._engine.batch_transfer_sync_write(peer.session, sources, targets, lengths)
+        sources = addresses(spans[:, 0], spans[:, 1], spans[:, 4], local, "local")
+        targets = addresses(spans[:, 2], spans[:, 3], spans[:, 4], peer.regions, "remote")
+        if len(spans):
+            lists = sources.tolist(), targets.tolist(), spans[:, 4].tolist()
+            status = self._engine.batch_transfer_sync_write(peer.session, *lists)
             if status != 0:
                 raise PeerLost(peer.identity, f"a write failed: {status}")
         return peer
@@ -156,34 +161,18 @@ class AscendBackend:
     def poll(self, ticket: Ticket) -> bool:
         return True  # a post that raised has no ticket
 
-    def progress(self) -> None:
-        """Nothing to drive."""
-
     def reset_peer(self, peer: Peer) -> None:
         """Writes are over when `post` has returned; the closed connection tells the receiver so."""
         assert isinstance(peer, Receiver)
-        peer.sock.close()
+        peer.call.close()
         with self._lock:
             self._receivers.discard(peer)
-
-    def grant(self, tag: int, spans: Spans, sender: str) -> None:
-        """Not asked for: not revocable."""
-
-    def revoke(self, tag: int, sender: str) -> bool:
-        return False
-
-    def fence(self, identity: str) -> None:
-        if self._context.device != "cpu":
-            self._context.memory.fence()
-
-    def take_digests(self, tag: int, sender: str) -> npt.NDArray[np.uint64]:
-        return np.empty((0, 4), np.uint64)
 
     def expel(self, identity: str) -> bool:
         """True when the sender has closed its connection or died: nothing can stop one that lives."""
         assert self._door is not None
         quiet = self._door.expel(identity)
-        self._context.log("expelled", sender=identity, quiet=quiet)
+        self.context.log("expelled", sender=identity, quiet=quiet)
         return quiet
 
     def close(self) -> None:
@@ -218,29 +207,3 @@ def _own_words(said: list[str]) -> Iterator[None]:
             os.write(1, text)
             lines = [line for line in text.decode(errors="replace").splitlines() if " error " in line.lower()]
             said += sorted((line.rpartition("] ")[2] for line in lines), key=lambda line: "driver" in line)
-
-
-def _addresses(
-    index: npt.NDArray[np.uint64],
-    offset: npt.NDArray[np.uint64],
-    length: npt.NDArray[np.uint64],
-    regions: Sequence[tuple[int, int]],
-    what: str,
-) -> list[int]:
-    """Where spans begin. Raises TransferError for one outside its region, in arithmetic that cannot wrap around."""
-    if len(index) and int(index.max()) >= len(regions):
-        raise TransferError(f"no such {what} region")
-    start, size = np.array(regions, np.uint64).reshape(-1, 2)[index.astype(np.int64)].T
-    if np.any(length > size) or np.any(offset > size - length):
-        raise TransferError(f"a span outside a {what} region")
-    addresses: list[int] = (start + offset).tolist()
-    return addresses
-
-
-def _reachable(host: str) -> str:
-    """An address for peers to dial: for the wildcard the one from which packets leave this machine."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        if host == "0.0.0.0":
-            probe.connect(("192.0.2.1", 9))  # sends nothing
-            return str(probe.getsockname()[0])
-    return host if host != "0.0.0.0" else "127.0.0.1"

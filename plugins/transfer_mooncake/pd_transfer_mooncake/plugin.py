@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pd import hookimpl
-from pd.abc import BackendContext, BackendInfo, TransferBackend
+from pd.abc import BackendContext, BackendInfo, TransferBackend, missing_rdma_devices
 from pd.errors import BackendUnavailable
 
 WHEEL = "the wheel of Mooncake's transfer engine, pip install 'pd-transfer-mooncake[cpu]' (or [cuda12], [cuda13])"
@@ -48,22 +48,12 @@ def unavailable() -> str | None:
     return None
 
 
-def hcas() -> list[str]:
-    """RDMA devices of this machine."""
-    folder = Path("/sys/class/infiniband")
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
 def refuses(setting: str, value: str) -> str | None:
     """Why this machine cannot do what a device flag asks: Mooncake itself would quietly use TCP instead."""
     if os.environ.get("MC_FORCE_TCP"):
         return "MC_FORCE_TCP is set; unset it to use RDMA"
-    here = hcas()
-    missing = [name for name in value.split(",") if name.strip() not in here]
-    if missing or not here:
-        found = f"(there: {', '.join(here) or 'none'}); leave it out to use TCP"
-        return f"no RDMA device {', '.join(missing)} on this machine {found}"
-    return None
+    wrong = missing_rdma_devices(value)
+    return f"{wrong}; leave it out to use TCP" if wrong else None
 
 
 def load(protocol: str) -> Any:
@@ -93,7 +83,7 @@ def make_mooncake(context: BackendContext) -> TransferBackend:
         raise BackendUnavailable("mooncake", f"{PROTOCOL}={protocol}", f"use one of {', '.join(PROTOCOLS)}")
     if devices and protocol != "rdma":
         raise BackendUnavailable("mooncake", f"{PROTOCOL}={protocol} with an RDMA device", "name one of the two")
-    if protocol == "rdma" and (reason := refuses("ib_device", devices or "".join(hcas()[:1]))):
+    if protocol == "rdma" and (reason := refuses("ib_device", devices)):
         raise BackendUnavailable("mooncake", "--ib-device", reason)
     module = load(protocol)
     from pd_transfer_mooncake.backend import MooncakeBackend

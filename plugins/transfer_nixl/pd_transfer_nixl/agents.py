@@ -1,31 +1,29 @@
-"""NIXL's agents: one per direction of a pair of peers and one that answers greetings, so that either end can cut.
+"""NIXL's agents: one per direction of a pair of peers, so that either end can cut.
 
 To drop an agent is the only thing that stops NIXL: a request that was released, or a peer that was removed, is written
-to the end. Everything here is used by one thread at a time.
+to the end. An agent is used by one thread at a time.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import gc
-import itertools
+import threading
 import time
 import weakref
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import Spans
-from pd.errors import PeerLost, TransferError
-from pd_transfer_nixl.wire import Descriptor, Greeting, Memory, Place, Welcome, seal, unseal
+from pd.abc import Call, Region, Spans
+from pd.errors import BackendUnavailable, PeerLost, TransferError
 
 I64 = npt.NDArray[np.int64]
-
-#: Seconds between greetings. They are repeated: only one that fails tells that the peer is gone.
-GREETING_INTERVAL = 0.25
 
 #: Bytes per request, where NIXL copies inside the call the longest that other peers wait; requests under way per post.
 REQUEST_BYTES, REQUESTS = 64 << 20, 4
@@ -37,6 +35,22 @@ DRIVE_SECONDS = 200e-6
 MAX_LISTS = 16
 
 
+class Memory(msgspec.Struct, frozen=True, array_like=True):
+    """A registered region. `kind` and `ordinal` are NIXL's: DRAM or VRAM, and which device."""
+
+    address: int
+    nbytes: int
+    kind: str
+    ordinal: int
+    block_bytes: int
+
+    @classmethod
+    def of(cls, region: Region) -> Memory:
+        device, _, ordinal = region.device.partition(":")
+        kind = "DRAM" if device == "cpu" else "VRAM"
+        return cls(region.address, region.nbytes, kind, int(ordinal or 0), region.block_bytes)
+
+
 class Nixl:
     """The vendor's module, and agents made of it."""
 
@@ -44,8 +58,14 @@ class Nixl:
         self._api, bindings = api, api.nixlBind
         names = [name for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
         self.errors: tuple[type[Exception], ...] = tuple(getattr(bindings, name) for name in names)
-        self.faults: tuple[type[Exception], ...] = (*self.errors, TransferError)
         self.lost: tuple[type[Exception], ...] = (bindings.nixlRemoteDisconnectError, bindings.nixlBackendError)
+
+    def try_out(self) -> None:
+        """Raises BackendUnavailable."""
+        try:
+            self.agent("try-out", [])
+        except self.errors as error:
+            raise BackendUnavailable("nixl", f"UCX: {error}", "check UCX_TLS and UCX_NET_DEVICES") from error
 
     def agent(self, name: str, memory: list[Memory]) -> Any:
         """A new agent with this memory registered. It makes progress only when called."""
@@ -119,50 +139,35 @@ class Ticket:
 
 
 class Link:
-    """A sender's end: the peer that `connect` returns. Writes wait until the peer has answered the greeting.
+    """A sender's end: the peer that `connect` returns. Writes wait until the peer has answered the call.
 
     `counts`: requests by index and by descriptors of their own, and the lists that were prepared for the former.
     """
 
-    def __init__(self, nixl: Nixl, memory: list[Memory], there: Descriptor, greeting: Greeting) -> None:
-        self.identity, self.remote = there.identity, there.memory
+    def __init__(
+        self, nixl: Nixl, agent: Any, memory: list[Memory], identity: str, remote: list[Memory], call: Call
+    ) -> None:
+        self.identity, self.remote, self.agent, self.call = identity, remote, agent, call
         self.counts = {"indexed_posts": 0, "plain_posts": 0, "prepared_lists": 0}
-        self._nixl, self._memory, self._here, self._there = nixl, memory, greeting.place, there.place
+        self._nixl, self._memory = nixl, memory
         self._tickets: set[Ticket] = set()  # not done: open, or failed
         self._lists: dict[tuple[str, int, int, int, int], Any] = {}
-        self._landing, self._lost, self._greet_at = "", "", 0.0
-        self.agent = nixl.agent(greeting.agent, memory)
-        greeting = Greeting(
-            greeting.identity, greeting.agent, self.agent.get_agent_metadata(), greeting.place, greeting.copies
-        )
-        self._greeting = seal(greeting)
-        self._door = self.agent.add_remote_agent(there.door).decode()
-        self.progress()
+        self._landing = ""  # the peer's agent, once it has answered
+
+    @property
+    def end(self) -> str:
+        """Why nothing more can be written to it, "" as far as its connection tells."""
+        return "it was reset" if self.agent is None else self.call.end
 
     @property
     def busy(self) -> bool:
-        return not self._landing or bool(self._tickets)
+        return bool(self._tickets)
 
     def progress(self) -> None:
-        """Drive what is under way; greet until there is an answer. What goes wrong meets the posts."""
-        if self.agent is None or self._lost:
-            return
-        try:
-            notes = self.agent.get_new_notifs()
-            if not self._landing:
-                self._greet(list(itertools.chain.from_iterable(notes.values())))
-        except self._nixl.faults as error:
-            self._lost = f"does not answer: {error}"
-
-    def _greet(self, answers: list[bytes]) -> None:
-        if answers:
-            self._landing = self.agent.add_remote_agent(unseal(answers[0], Welcome).metadata).decode()
-            self.agent.remove_remote_agent(self._door)
-        elif time.monotonic() >= self._greet_at:
-            self._greet_at = time.monotonic() + GREETING_INTERVAL
-            self.agent.send_notif(self._door, self._greeting)
-            if self._here.knows_ended(self._there):
-                self._lost = "its process has ended"
+        """Let NIXL work. What goes wrong meets the polls."""
+        if self.agent is not None:
+            with contextlib.suppress(*self._nixl.errors):
+                self.agent.get_new_notifs()
 
     def post(self, spans: Spans) -> Ticket:
         """In requests of one pair of regions each, and not too many bytes."""
@@ -192,14 +197,16 @@ class Link:
         return not ticket.open
 
     def _drive(self, ticket: Ticket) -> None:
-        if not self._landing:
-            self.progress()
-        if self._lost:
-            raise ticket.failed(self._lost, lost=True)
+        if end := self.end:
+            raise ticket.failed(end, lost=True)
         try:
+            if not self._landing:
+                if not self.call.answered:
+                    return
+                self._landing = self.agent.add_remote_agent(self.call.words).decode()
             self._check(ticket)
             # At most one request that NIXL completes in the call, so that others get a turn.
-            while ticket.waiting and self._landing and len(ticket.requests) < REQUESTS:
+            while ticket.waiting and len(ticket.requests) < REQUESTS:
                 ticket.requests.append(self._request(ticket.waiting[0]))
                 ticket.waiting.popleft()
                 if self.agent.transfer(ticket.requests[-1]) != "PROC":
@@ -249,10 +256,11 @@ class Link:
         return self._lists.get(key)
 
     def close(self) -> None:
-        """When this returns, nothing of it reads local memory any more."""
+        """When this returns, nothing of it reads local memory any more; then the peer learns it."""
         if self.agent is not None:
             self._release()
             drop(self)
+        self.call.close()
 
     def _release(self) -> None:
         """Let go of all that holds the agent."""
@@ -273,26 +281,23 @@ class Link:
 
 
 class Landing:
-    """A receiver's end: the agent to which one sender writes. Without it nothing lands, but what a process copies."""
+    """A receiver's end: the agent to which one sender writes. Without it nothing lands, but what a process copies.
 
-    def __init__(self, nixl: Nixl, name: str, memory: list[Memory], greeting: Greeting, here: Place) -> None:
-        self.greeting, self._here = greeting, here
-        self.agent = nixl.agent(name, memory)
-        self._peer = self.agent.add_remote_agent(greeting.metadata).decode()
-        self._welcome = seal(Welcome(self.agent.get_agent_metadata()))
-        self.welcome()
+    `copies`: this sender may write without it. Thread-safe.
+    """
 
-    def welcome(self) -> None:
-        self.agent.send_notif(self._peer, self._welcome)
+    def __init__(self, agent: Any, sender: bytes, copies: bool) -> None:
+        self.agent, self.copies = agent, copies
+        self.metadata: bytes = agent.get_agent_metadata()
+        self._lock = threading.Lock()
+        agent.add_remote_agent(sender)
 
     def progress(self) -> None:
-        if self.agent is not None:
-            self.agent.get_new_notifs()
+        with self._lock:
+            if self.agent is not None:
+                self.agent.get_new_notifs()
 
-    def close(self) -> bool:
-        """Whether nothing of this sender can land here any more."""
-        if self.agent is not None:
-            drop(self)
-        there = self.greeting.place
-        elsewhere = there.machine != self._here.machine
-        return elsewhere or not self.greeting.copies or self._here.knows_ended(there)
+    def close(self) -> None:
+        with self._lock:
+            if self.agent is not None:
+                drop(self)

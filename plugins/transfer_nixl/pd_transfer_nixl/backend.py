@@ -5,18 +5,28 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities
-from pd.errors import BackendUnavailable, PeerLost, TransferError
-from pd_transfer_nixl.agents import Landing, Link, Nixl, Ticket
-from pd_transfer_nixl.wire import Descriptor, Greeting, Memory, Place, seal, unseal
-
-U64 = npt.NDArray[np.uint64]
+from pd.abc import (
+    BackendContext,
+    BackendDefaults,
+    Call,
+    Caller,
+    Door,
+    Peer,
+    Region,
+    Spans,
+    TransferCapabilities,
+    addresses,
+    decode,
+)
+from pd.errors import PeerLost, TransferError
+from pd_transfer_nixl.agents import Landing, Link, Memory, Nixl, Ticket
 
 #: Transports (UCX_TLS) whose writes end with the agent that receives them: by sockets or by its own registration.
 FENCED = frozenset("tcp self ib rc rc_x rc_v rc_verbs rc_mlx5 ud ud_x ud_v ud_verbs ud_mlx5 dc dc_x dc_mlx5".split())
@@ -24,85 +34,108 @@ FENCED = frozenset("tcp self ib rc rc_x rc_v rc_verbs rc_mlx5 ud ud_x ud_v ud_ve
 #: Calls of progress (a millisecond apart) per look at agents from which nothing is expected.
 REST = 8
 
+#: Seconds that `connect` waits for the peer's answer; afterwards the posts wait.
+PROMPT = 0.25
 
-class NixlBackend:
-    """See the README. Options: `ib_device`, `insecure_control_plane`."""
+
+class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="nixl/1"):
+    identity: str
+    address: tuple[str, int]
+    memory: list[Memory]
+
+
+class Introduction(msgspec.Struct, frozen=True, array_like=True, tag="nixl/1"):
+    """Of a sender: its agent's metadata, its machine, and whether it may write without the receiver's help."""
+
+    metadata: bytes
+    machine: str
+    copies: bool
+
+
+class NixlBackend(BackendDefaults):
+    """See the README. Options: `ib_device`, `insecure_control_plane`. A sender's agent is what its caller keeps."""
 
     capabilities = TransferCapabilities(
         memory_kinds=frozenset({"cpu", "cuda"}), max_spans_per_post=4096, needs_progress=True
     )
 
     def __init__(self, context: BackendContext, api: ModuleType) -> None:
-        self._context, self._nixl, self._place = context, Nixl(api), Place.here()
+        super().__init__(context)
+        self._nixl = Nixl(api)
+        self._machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         transports = {one.strip() for one in os.environ.get("UCX_TLS", "all").split(",")}
         self._copies = not transports <= FENCED
         self._identity = ""
-        self._door: Any = None
+        self._door: Door | None = None
         self._memory: list[Memory] = []
         self._numbers, self._turns = itertools.count(1), itertools.count(1)
         self._links: list[Link] = []
-        self._landings: dict[str, Landing] = {}
-        self._expelled: set[str] = set()
 
     def open(self, identity: str) -> None:
+        """Bind the plugin's own port, and see that UCX starts. Nobody is answered before `register`."""
         self._identity = identity
-        try:
-            self._door = self._nixl.agent(identity, [])
-        except self._nixl.errors as error:
-            raise BackendUnavailable("nixl", f"UCX: {error}", "check UCX_TLS and UCX_NET_DEVICES") from error
-
-    def allocate(self, nbytes: int, device: str) -> Region | None:
-        return None
+        self._nixl.try_out()
+        self._door = Door(self.context, "nixl", identity, self._admit, self._leave)
 
     def register(self, regions: Sequence[Region]) -> None:
         """Each peer's agent registers them for itself, so that dropping it withdraws them."""
         self._memory = [Memory.of(region) for region in regions]
+        assert self._door is not None
+        self._door.start()
 
     def descriptor(self) -> bytes:
-        return seal(Descriptor(self._identity, self._door.get_agent_metadata(), self._memory, self._place))
+        assert self._door is not None
+        return msgspec.msgpack.encode(Descriptor(self._identity, self._door.address, self._memory))
 
     def close(self) -> None:
         for link in list(self._links):
             self.reset_peer(link)
-        for landing in self._landings.values():
-            landing.close()
-        self._landings.clear()
-        self._door = None
+        if self._door is not None:
+            self._door.close()
 
     def progress(self) -> None:
-        """Every agent that is written to, or waits for an answer; the others now and then."""
+        """Every agent that is written to, or that writes; the others now and then."""
+        assert self._door is not None
         rested = next(self._turns) % REST == 0
         for link in self._links:
             if rested or link.busy:
                 link.progress()
-        for landing in self._landings.values():
-            landing.progress()
-        if self._door is not None and rested:
-            for notes in self._door.get_new_notifs().values():
-                for note in notes:
-                    self._greeted(note)
+        for caller in self._door.callers():
+            if caller.kept is not None:
+                caller.kept.progress()
 
     # --- sender -------------------------------------------------------------------------------------------------
 
     def connect(self, descriptor: bytes) -> Peer:
-        there = unseal(descriptor, Descriptor)
-        name = f"{self._identity}>{there.identity}/{next(self._numbers)}"
-        try:
-            link = Link(self._nixl, self._memory, there, Greeting(self._identity, name, b"", self._place, self._copies))
-        except self._nixl.errors as error:
-            raise PeerLost(there.identity, f"cannot be reached: {error}") from error
+        """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone or refuses."""
+        there = decode(descriptor, Descriptor)
+        agent = self._agent(f"{self._identity}>{there.identity}/{next(self._numbers)}")
+        words = msgspec.msgpack.encode(Introduction(agent.get_agent_metadata(), self._machine, self._copies))
+        call = Call(self.context, "nixl", self._identity, there.identity, there.address, words)
+        link = Link(self._nixl, agent, self._memory, there.identity, there.memory, call)
+        del agent  # the link is the only one that holds it
+        if call.wait(PROMPT) and not call.answered:
+            reason = call.end
+            link.close()
+            raise PeerLost(there.identity, reason)
         self._links.append(link)
         return link
+
+    def _agent(self, name: str) -> Any:
+        """Raises TransferError."""
+        try:
+            return self._nixl.agent(name, self._memory)
+        except self._nixl.errors as error:
+            raise TransferError(f"nixl: {error}") from error
 
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         assert isinstance(peer, Link)
         spans = np.ascontiguousarray(spans, dtype=np.uint64).reshape(-1, 5)
-        for what, memory, column in (("local", self._memory, 0), ("peer's", peer.remote, 2)):
-            sizes = np.array([one.nbytes for one in memory], np.uint64)
-            if not within(spans[:, column], spans[:, column + 1], spans[:, 4], sizes):
-                raise TransferError(f"a span outside the {what} regions")
-        if peer.agent is None:
-            raise PeerLost(peer.identity, "was reset")
+        for what, memory, column in (("local", self._memory, 0), ("remote", peer.remote, 2)):
+            table = [(one.address, one.nbytes) for one in memory]
+            addresses(spans[:, column], spans[:, column + 1], spans[:, 4], table, what)
+        if end := peer.end:
+            raise PeerLost(peer.identity, end)
         return peer.post(spans)
 
     def poll(self, ticket: Ticket) -> bool:
@@ -113,55 +146,35 @@ class NixlBackend:
         peer.close()
         if peer in self._links:
             self._links.remove(peer)
-            self._context.log("nixl peer closed", peer=peer.identity, **peer.counts)
+            self.context.log("nixl peer closed", peer=peer.identity, **peer.counts)
 
     # --- receiver -----------------------------------------------------------------------------------------------
 
-    def _greeted(self, note: bytes) -> None:
-        """Make the agent to which this sender writes; an earlier one of the same sender ends."""
+    def _admit(self, caller: Caller) -> bytes:
+        """An agent to which this sender alone writes; an earlier one of the same sender ends."""
+        sender = decode(caller.words, Introduction)
+        assert self._door is not None
+        self._door.cut(caller.identity, but=caller)
+        copies = sender.copies and sender.machine == self._machine
+        agent = self._agent(f"{self._identity}<{caller.identity}/{next(self._numbers)}")
         try:
-            greeting = unseal(note, Greeting)
-            if greeting.identity in self._expelled:
-                return
-            known = self._landings.get(greeting.identity)
-            if known is not None and known.greeting.agent == greeting.agent:
-                known.welcome()
-                return
-            if known is not None:
-                known.close()
-            name = f"{self._identity}<{greeting.agent}"
-            self._landings[greeting.identity] = Landing(self._nixl, name, self._memory, greeting, self._place)
-        except self._nixl.faults as error:
-            self._context.log("cannot answer a sender", reason=str(error))
+            caller.kept = Landing(agent, sender.metadata, copies)
+        except self._nixl.errors as error:
+            raise TransferError(f"nixl: {error}") from error
+        metadata: bytes = caller.kept.metadata
+        return metadata
 
-    def grant(self, tag: int, spans: Spans, sender: str) -> None:
-        """Not revocable: whoever is connected may write to all that is registered."""
-
-    def revoke(self, tag: int, sender: str) -> bool:
-        return False
-
-    def take_digests(self, tag: int, sender: str) -> U64:
-        return np.zeros((0, 4), np.uint64)
-
-    def fence(self, identity: str) -> None:
-        if self._context.device != "cpu":
-            self._context.memory.fence()
+    @staticmethod
+    def _leave(caller: Caller) -> None:
+        caller.kept.close()
 
     def expel(self, identity: str) -> bool:
-        """A sender that was never answered cannot write. The agent of another one goes; see `Landing.close`."""
-        self._expelled.add(identity)
-        landing = self._landings.get(identity)
-        if landing is not None and not landing.close():
-            return False
-        self._landings.pop(identity, None)
-        return True
-
-
-def within(region: U64, offset: U64, length: U64, sizes: U64) -> bool:
-    """Whether every span is in its region, and not empty."""
-    if not len(region):
-        return True
-    if region.max() >= len(sizes) or not length.all():
-        return False
-    limit = sizes[region.astype(np.int64)]
-    return bool(((length <= limit) & (offset <= limit - np.minimum(length, limit))).all())
+        """True when its agents here are gone, and one that writes without their help has ended its calls."""
+        assert self._door is not None
+        self._door.expel(identity)
+        copying = [one for one in self._door.callers(identity) if one.kept is not None and one.kept.copies]
+        for caller in copying:
+            caller.kept.close()
+        if not copying:
+            self._door.cut(identity)
+        return not copying

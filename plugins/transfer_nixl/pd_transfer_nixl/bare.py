@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from pd.abc import Spans
-from pd_transfer_nixl.agents import Nixl
+from pd_transfer_nixl.agents import Memory, Nixl
 from pd_transfer_nixl.vendor import load
-from pd_transfer_nixl.wire import Memory
 
 
 def receive(address: int, nbytes: int) -> tuple[bytes, Callable[[], object], Callable[[], None]]:

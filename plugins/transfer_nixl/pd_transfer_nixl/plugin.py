@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pd import hookimpl
-from pd.abc import BackendContext, BackendInfo, TransferBackend
+from pd.abc import BackendContext, BackendInfo, TransferBackend, missing_rdma_devices
 from pd_transfer_nixl.vendor import configure, load, missing
 
 
@@ -31,5 +31,6 @@ def pd_register_transfer_backends(register: Callable[..., None]) -> None:
                 "NIXL_LOG_LEVEL": "what NIXL logs to stderr; WARN by default",
             },
             unavailable=missing,
+            refuses=lambda setting, value: missing_rdma_devices(value),
         )
     )

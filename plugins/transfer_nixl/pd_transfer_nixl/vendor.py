@@ -9,18 +9,16 @@ import logging
 import os
 import socket
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import psutil
 
-from pd.abc import BackendContext
+from pd.abc import BackendContext, missing_rdma_devices
 from pd.errors import BackendUnavailable
 
 #: One per CUDA version; a build from source may bring any, or only the plain name.
 MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 REMEDY = "pip install 'pd-transfer-nixl[cpu]' (with a GPU [cuda12] or [cuda13])"
-RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 def installed() -> list[str]:
@@ -56,21 +54,14 @@ def configure(context: BackendContext) -> None:
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.setdefault("UCX_LOG_FILE", "stderr")
     if devices := context.options.get("ib_device", ""):
-        os.environ["UCX_NET_DEVICES"] = ",".join(rdma_port(one.strip()) for one in devices.split(","))
+        if wrong := missing_rdma_devices(devices):
+            raise BackendUnavailable("nixl", "--ib-device", wrong)
+        names = (one.strip() for one in devices.split(","))
+        os.environ["UCX_NET_DEVICES"] = ",".join(one if ":" in one else f"{one}:1" for one in names)
         return
-    open_to_all = context.secret is not None or context.options.get("insecure_control_plane", "") == "True"
-    host = context.host if open_to_all or context.host == "localhost" else "127.0.0.1"
+    host = context.data_host
     if host not in ("0.0.0.0", "::", ""):
         os.environ.setdefault("UCX_NET_DEVICES", interface_of(host))
-
-
-def rdma_port(device: str) -> str:
-    """ "mlx5_0" is its first port. Raises BackendUnavailable."""
-    found = sorted(entry.name for entry in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
-    name, colon, _ = device.partition(":")
-    if name not in found:
-        raise BackendUnavailable("nixl", f"RDMA device {name}", f"--ib-device is one of: {', '.join(found) or 'none'}")
-    return device if colon else f"{device}:1"
 
 
 def interface_of(host: str) -> str:
