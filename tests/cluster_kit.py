@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,17 +137,24 @@ class Deployment:
 
 
 @contextmanager
-def deploy(folder: Path, arch: str, *arguments: str, hub_id: str = "", **overrides: Any) -> Iterator[Deployment]:
+def deploy(
+    folder: Path,
+    arch: str,
+    *arguments: str,
+    hub_id: str = "",
+    environment: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Iterator[Deployment]:
     """`pd up` with a tiny model of `arch` until the block ends; with a `hub_id` from a cache of the hub, by that id."""
     model = tiny_model(folder / "models", arch, tokenizer=True, **overrides)
     faults = folder / "faults"
     faults.mkdir()
-    named, cache = hub_id or model, {}
+    named, variables = hub_id or model, {"PYTHONPATH": ROOT, "PD_FAULT": str(faults), **(environment or {})}
     if hub_id:
         cache_model(folder / "cache", hub_id, model)
-        cache = {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+        variables |= {"HF_HUB_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pd", "up", named, "--port", "0", "--log-format", "json", *arguments]
-    with running(command, folder / "logs", PYTHONPATH=ROOT, PD_FAULT=str(faults), **cache) as cluster:
+    with running(command, folder / "logs", **variables) as cluster:
         found = Deployment(cluster, Oracle(model), faults)
         for worker in httpx.get(f"{cluster.url}/server_info", timeout=PATIENCE).json()["workers"]:
             found.instances.append(worker["url"])

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,7 +250,7 @@ class Cluster:
 
 
 @contextmanager
-def fault_cluster(folder: Path, *more: str) -> Iterator[Cluster]:
+def fault_cluster(folder: Path, *more: str, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """A cluster with a tiny model and fault points, quick to notice and to restart. `more` settings come last."""
     model = tiny_model(folder, "llama", tokenizer=True, max_position_embeddings=1024)
     faults = Faults(folder / "points")
@@ -269,8 +269,8 @@ def fault_cluster(folder: Path, *more: str) -> Iterator[Cluster]:
         "--log-format": "json",
     }
     command = [sys.executable, "-m", "pd", "up", model, *(str(part) for pair in settings.items() for part in pair)]
-    root = str(Path(__file__).parents[1])
-    with running([*command, *more], folder / "up", PYTHONPATH=root, PD_FAULT=str(faults.folder)) as up:
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "PD_FAULT": str(faults.folder), **(environment or {})}
+    with running([*command, *more], folder / "up", **variables) as up:
         made = Cluster(up, faults)
         yield made
         made.close()

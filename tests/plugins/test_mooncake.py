@@ -1,24 +1,18 @@
-"""pd-transfer-mooncake with the real wheel over TCP: the conformance suite, its fence, what it refuses, a cluster."""
+"""pd-transfer-mooncake with the real wheel over TCP: the conformance suite, its fence, what it refuses."""
 
 from __future__ import annotations
 
-import json
 import re
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
-from cluster_kit import Deployment, ask, block_bytes, check_logprobs, deploy, prompt
-from fault_kit import eventually, fault_cluster, send
 from pd_transfer_mooncake import bare, plugin
 from pd_transfer_mooncake.engines import own_sockets
 
@@ -232,79 +226,3 @@ def test_the_package_is_small_and_imports_only_what_a_plugin_may() -> None:
     assert sum(len(source.splitlines()) for source in sources) <= 600
     imported = {name for source in sources for name in re.findall(r"^\s*(?:from|import) (pd\b[\w.]*)", source, re.M)}
     assert imported <= {"pd", "pd.abc", "pd.errors"}
-
-
-# --- a cluster ------------------------------------------------------------------------------------------------------
-
-COMMON = ("--page-size", str(PAGE), "--chunked-prefill-size", "64", "--local-prefill", "never")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    flags = (*COMMON, "--max-total-tokens", "16384", "--disaggregation-transfer-backend", "mooncake")
-    with deploy(tmp_path_factory.mktemp("mooncake"), "llama", *flags) as found:
-        yield found
-
-
-@pytest.mark.process
-def test_tokens_and_logprobs_over_mooncake_equal_transformers(pair: Deployment) -> None:
-    lengths = [1, PAGE, PAGE + 1, 64, 150, 420]
-    prompts = [prompt(n, 300 + n) for n in lengths]
-    with pair.moved() as moved:
-        answers = pair.generate([ask(x, 9, return_logprob=True, logprob_start_len=0) for x in prompts])
-    for asked, answer in zip(prompts, answers, strict=True):
-        check_logprobs(pair.oracle, asked, answer, 9)
-    blocks = sum(-(-n // PAGE) for n in lengths)
-    assert moved["pushed"] == moved["landed"] == blocks * block_bytes(PAGE)
-    assert moved["d_computed"] == 0
-    for url in pair.instances:
-        info: dict[str, Any] = httpx.get(f"{url}/get_server_info", timeout=30).json()
-        assert "mooncake" in json.dumps(info)
-
-
-@pytest.mark.process
-def test_a_prefix_that_is_cached_on_one_side_or_both_stays_exact_over_mooncake(pair: Deployment) -> None:
-    shared = prompt(5 * PAGE, 5)
-    pair.generate([ask(shared, 2)])
-    for seed, forgetful in enumerate(("", pair.prefill, pair.decode)):
-        if forgetful:
-            pair.flush(forgetful)
-        asked = [*shared, *prompt(40, 50 + seed)]
-        (answer,) = pair.generate([ask(asked, 6, return_logprob=True)])
-        check_logprobs(pair.oracle, asked, answer, 6)
-    pair.assert_at_rest()
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_a_frozen_decode_instance_does_not_slow_down_another_one_nor_keep_blocks(tmp_path: Path) -> None:
-    """The prefill instance of both is about to push to one of them when that freezes."""
-    point = "prefill-0.runner.push"
-    with fault_cluster(tmp_path, "--transfer", "mooncake") as cluster:
-        cluster.wait_until_healthy()
-
-        def served(seed: int) -> tuple[float, list[str]]:
-            began = time.monotonic()
-            asks = [cluster.ask(prompt(300, seed + i), stream=False, decode=1).start().wait() for i in range(12)]
-            assert {(one.outcome, one.used) for one in asks} == {("tokens", "prefill-0")}, asks
-            return time.monotonic() - began, [one.text for one in asks]
-
-        _, texts = served(1000)
-        before, _ = served(2000)
-        frozen = cluster.victim("decode-0")
-        cluster.faults.arm(point)
-        held = cluster.ask(prompt(600, 3000), stream=True).start()
-        cluster.faults.wait((point,))
-        send(frozen, signal.SIGSTOP)
-        try:
-            cluster.faults.release(point)
-            beside, _ = served(4000)
-            eventually(lambda: cluster.command.logged("handoff_lost"), 10.0)
-            _, again = served(1000)
-        finally:
-            send(frozen, signal.SIGCONT)
-        held.wait()
-        cluster.wait_until_healthy()
-        after, _ = served(5000)
-        assert again == texts
-        assert beside < 1.5 * max(before, after) + 0.5, (before, beside, after)

@@ -8,11 +8,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from cluster_kit import Deployment, Hold, ask, block_bytes, check_logprobs, deploy, prompt, tokens_of
+from plane_kit import PLANES, settings
 
 from tests.replay import metrics
 
@@ -25,19 +28,35 @@ RUNNING = 'pd_requests{state="running"}'
 EVERY_LOGPROB: dict[str, Any] = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3}
 
 
+PAIR = (*COMMON, "--local-prefill", "never", "--max-total-tokens")
+
+
+@pytest.fixture(scope="module", params=["direct", *(pytest.param(name, marks=pytest.mark.slow) for name in PLANES)])
+def plane(request: pytest.FixtureRequest) -> str:
+    """What moves the KV blocks."""
+    name: str = request.param
+    return name
+
+
+def pair_of(folder: Path, arch: str, tokens: int, plane: str, memory: str) -> AbstractContextManager[Deployment]:
+    """`memory` is how `direct` moves them."""
+    arguments, environment = ("--transfer-memory", memory), None
+    if plane != "direct":
+        arguments, environment = settings(plane, folder)
+    return deploy(folder, arch, *PAIR, str(tokens), *arguments, environment=environment)
+
+
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Llama over shared memory."""
-    settings = ("--local-prefill", "never", "--max-total-tokens", "16384", "--transfer-memory", "shm")
-    with deploy(tmp_path_factory.mktemp("llama"), "llama", *COMMON, *settings) as found:
+def llama(plane: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Llama, over shared memory where `direct` moves KV."""
+    with pair_of(tmp_path_factory.mktemp("llama"), "llama", 16384, plane, "shm") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Qwen2 over TCP, with little memory."""
-    settings = ("--local-prefill", "never", "--max-total-tokens", "1024", "--transfer-memory", "tcp")
-    with deploy(tmp_path_factory.mktemp("qwen2"), "qwen2", *COMMON, *settings) as found:
+def qwen2(plane: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Qwen2 with little memory, over TCP where `direct` moves KV."""
+    with pair_of(tmp_path_factory.mktemp("qwen2"), "qwen2", 1024, plane, "tcp") as found:
         yield found
 
 
