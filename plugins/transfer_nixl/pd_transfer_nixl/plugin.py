@@ -31,5 +31,6 @@ def pd_register_transfer_backends(register: Callable[..., None]) -> None:
                 "NIXL_LOG_LEVEL": "what NIXL logs to stderr; WARN by default",
             },
             unavailable=missing,
+            one_thread=True,
         )
     )
