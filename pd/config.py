@@ -145,7 +145,7 @@ class TransferConfig:
     )
     transfer_threads: int = setting(
         default_transfer_threads,
-        "threads that drive transfers per rank (0.75 x CPUs / 8, clamped to 4..12)",
+        "threads per rank that drive the transfer queues, each queue by one (0.75 x CPUs / 8, clamped to 4..12)",
         env=("SGLANG_DISAGGREGATION_THREAD_POOL_SIZE",),
         roles=("prefill",),
         at_least=1,
@@ -197,7 +197,7 @@ class ControlConfig:
     )
     waiting_timeout: float = setting(
         300.0,
-        "longest wait for the KV cache",
+        "longest wait from asking a prefill instance until the KV cache is here; then the next one is asked",
         unit="s",
         env=("SGLANG_DISAGGREGATION_WAITING_TIMEOUT",),
         roles=("decode",),
@@ -213,7 +213,7 @@ class ControlConfig:
     )
     heartbeat_max_failure: int = setting(
         2,
-        "missed heartbeats before a peer is lost",
+        "missed heartbeats in a row after which a peer is lost",
         env=("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE",),
         roles=PAIR,
         at_least=1,

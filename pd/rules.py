@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pd.config import ROLES, ChatConfig, ControlConfig, HttpConfig, ModelConfig, RouteConfig, ServeConfig, UpConfig
+from pd.config import (
+    ROLES,
+    ChatConfig,
+    ControlConfig,
+    HttpConfig,
+    ModelConfig,
+    RouteConfig,
+    ServeConfig,
+    TransferConfig,
+    UpConfig,
+)
 from pd.errors import ConfigError
 
 Given = Mapping[tuple[str, ...], str]
@@ -36,6 +46,8 @@ class Backend(Protocol):
     def unavailable(self) -> Any: ...
     @property
     def refuses(self) -> Any: ...
+    @property
+    def one_thread(self) -> bool: ...
 
 
 def apply(config: Any, given: Given, backends: Mapping[str, Backend] | None, policies: Collection[str] | None) -> Any:
@@ -62,7 +74,10 @@ def _serve(config: ServeConfig, given: Given, backends: Mapping[str, Backend] | 
     _check_local_prefill(config.scheduler.local_prefill, given.get(("scheduler", "local_prefill"), "--local-prefill"))
     _check_control_host(config.control, given.get(("control", "control_host"), "--control-host"))
     config = replace(config, chat=_with_template(config.chat, given.get(("chat", "chat_template"), "--chat-template")))
-    return _with_transfer(config, given, backends, used=config.role != "unified")
+    config = _with_transfer(config, given, backends, used=config.role != "unified")
+    if config.role == "prefill":
+        _check_threads(config.transfer, given.get(("transfer", "transfer_threads"), ""), backends)
+    return config
 
 
 def _with_transfer(
@@ -97,6 +112,18 @@ def _with_transfer(
             if reason:
                 raise ConfigError(typed or setting, f"transfer backend {name} cannot use it: {reason}")
     return replace(config, transfer=transfer)
+
+
+def _check_threads(transfer: TransferConfig, source: str, backends: Mapping[str, Backend] | None) -> None:
+    """Threads that would never have anything to do. A variable may be set for a whole machine."""
+    threads, queues = transfer.transfer_threads, transfer.transfer_queues
+    if not source.startswith("-"):
+        return
+    if threads > queues:
+        problem = f"{threads} threads for --transfer-queues {queues}: no two of them serve one queue"
+        raise ConfigError(source, problem, f"give at least {threads} queues, or at most {queues} threads")
+    if threads > 1 and backends is not None and backends[transfer.transfer].one_thread:
+        raise ConfigError(source, f"transfer backend {transfer.transfer} is driven by one thread", "leave it out")
 
 
 def _check_revision(model: ModelConfig, given: Given) -> None:
@@ -296,6 +323,8 @@ def _up(
     _check_local_prefill(serve.scheduler.local_prefill, inner.get(("scheduler", "local_prefill"), "--local-prefill"))
     serve = replace(serve, chat=_with_template(serve.chat, inner.get(("chat", "chat_template"), "--chat-template")))
     serve = _with_transfer(serve, inner, backends, used=not config.unified)
+    if config.prefill:
+        _check_threads(serve.transfer, inner.get(("transfer", "transfer_threads"), ""), backends)
     _check_policies(config.route, given, ("route",), policies)
     route = replace(config.route, http=_http(config.route.http, given, ("route", "http")))
     config = replace(config, route=route)

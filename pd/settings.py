@@ -212,15 +212,25 @@ def resolve(
     rules.refuse_foreign_flags(namespace)
     config = config_type()
     given: dict[tuple[str, ...], str] = {}
+    bad: list[tuple[Option, ConfigError]] = []
     for option in options(config_type):
         found = _find(option, namespace, environ)
         if found is not None:
             source, raw = found
-            config = _set(config, option.path, _convert(option, source, raw))
+            try:
+                config = _set(config, option.path, _convert(option, source, raw))
+            except ConfigError as problem:
+                if source.startswith("-") or option.meta["roles"] == ROLES:
+                    raise
+                bad.append((option, problem))  # a variable matters only where it acts
+                continue
             given[option.path] = source
     config = typing.cast(C, rules.apply(config, given, backends, policies))
     rules.refuse_gpu(config, given, accelerator)
     working = rules.roles_at_work(config)
+    for option, error in bad:
+        if not working or not working.isdisjoint(option.meta["roles"]):
+            raise error
     for option in options(config_type):
         source = given.get(option.path, "")
         if working and source.startswith("-"):

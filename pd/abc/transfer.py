@@ -127,6 +127,7 @@ class BackendInfo:
     environment: Mapping[str, str] = field(default_factory=dict)  # variable -> what it does
     unavailable: Callable[[], str | None] = lambda: None  # a reason and remedy, or None; must be cheap
     refuses: Callable[[str, str], str | None] = lambda setting, value: None  # why a device flag cannot act here
+    one_thread: bool = False  # no `concurrent_posts`: `--transfer-threads` above 1 is refused
 
 
 @runtime_checkable

@@ -235,7 +235,7 @@ class DecodePeers:
         """Sends due heartbeats; returns the sessions on which too many of the peer's were missed."""
         interval, lost = self.config.heartbeat_interval, []
         for session, peer in self._sessions.items():
-            if now - peer.heard_at > interval * self.config.heartbeat_max_failure:
+            if now - peer.heard_at > self.config.longest_silence(interval):
                 lost.append(session)
             elif now - peer.sent_at >= interval:
                 self.send(now, peer, m.Heartbeat(self.state, self.load))

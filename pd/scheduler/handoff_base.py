@@ -63,6 +63,8 @@ class HandoffConfig:
 
     heartbeat_interval: float = 5.0
     heartbeat_max_failure: int = 2
+    #: A heartbeat that is late by less is not missed: each side looks at its clock from time to time only.
+    heartbeat_grace: float = 0.5
     connect_timeout: float = 3.0
     waiting_timeout: float = 300.0
     step_timeout: float = 60.0
@@ -88,6 +90,10 @@ class HandoffConfig:
     status_interval: float = 0.05
     #: Prefill: how many closed ids are remembered.
     remember: int = 4096
+
+    def longest_silence(self, interval: float) -> float:
+        """Of a peer that sends a heartbeat every `interval` seconds; one that is silent for longer is lost."""
+        return interval * self.heartbeat_max_failure + self.heartbeat_grace
 
 
 # --- the transition table -------------------------------------------------------------------------------------------

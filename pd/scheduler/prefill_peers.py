@@ -282,7 +282,7 @@ class PrefillPeers:
             if not session.up:
                 if now - session.opened_at > self.config.connect_timeout:
                     over.append((session, "no data connection in time"))
-            elif now - session.heard_at > session.interval * self.config.heartbeat_max_failure:
+            elif now - session.heard_at > self.config.longest_silence(session.interval):
                 over.append((session, "heartbeats missed"))
             elif now - session.sent_at >= session.interval:
                 self.beat(now, session)

@@ -209,6 +209,12 @@ def test_without_the_library_pd_says_what_to_install(environ: pytest.MonkeyPatch
         make_nixl(context())
 
 
+def test_one_thread_drives_it_so_that_the_flag_for_more_is_refused() -> None:
+    from pd_transfer_nixl.backend import NixlBackend
+
+    assert load_plugins().backends()["nixl"].one_thread is not NixlBackend.capabilities.concurrent_posts
+
+
 def test_to_register_the_backend_imports_no_vendor_library() -> None:
     code = "import sys, pd.plugins; pd.plugins.load_plugins().describe(); print('nixl_cu12' in sys.modules)"
     path = os.pathsep.join(one or "." for one in sys.path)

@@ -529,8 +529,9 @@ def test_a_landed_that_does_not_fit_fails_the_attempt_without_trusting_it() -> N
 def test_missed_heartbeats_end_the_session_and_every_hand_off_on_it() -> None:
     d, session, _ = asked()
     d.tick(5.0)
-    d.orders()
     d.tick(10.5)
+    assert act.CloseSession(session, "heartbeats missed") not in d.orders()
+    d.tick(10.6)
     assert act.CloseSession(session, "heartbeats missed") in d.orders()
     assert isinstance(d.notices[0], AttemptFailed)
 

@@ -504,6 +504,8 @@ def test_a_cancel_for_an_id_of_another_incarnation_is_fenced() -> None:
 def test_missed_heartbeats_end_the_session() -> None:
     p, session, _ = accepted()
     p.tick(10.5)
+    assert act.CloseSession(session, "heartbeats missed") not in p.orders()
+    p.tick(10.6)
     assert act.CloseSession(session, "heartbeats missed") in p.orders()
 
 

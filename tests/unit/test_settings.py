@@ -24,6 +24,7 @@ class Backend:
     accepts: frozenset[str] = frozenset()
     reason: str | None = None
     refuses: Callable[[str, str], str | None] = lambda setting, value: None
+    one_thread: bool = False
 
     def unavailable(self) -> str | None:
         return self.reason
@@ -265,7 +266,7 @@ def test_flag_goes_before_own_variable_before_sglangs_variable_before_default(
         return getattr(getattr(serve(f"/m --role {role} {line}", environ), path[0]), path[1])
 
     if option.meta["roles"]:
-        assert value(f"{flag} 11", {variable: "12", sglang: "13"}) == 11
+        assert value(f"{flag} 1", {variable: "12", sglang: "13"}) == 1
     assert value("", {variable: "12", sglang: "13"}) == 12
     assert value("", {variable: "", sglang: "13"}) == 13
     assert value("", {}) == getattr(getattr(ServeConfig(), path[0]), path[1])
@@ -504,6 +505,27 @@ def test_in_a_cluster_a_flag_acts_where_one_of_the_instances_uses_it() -> None:
     ):
         error = refusal(up, "/m " + line)
         assert (error.field, error.problem) == (line.split()[-2], problem)
+
+
+def test_threads_that_would_have_nothing_to_do_are_refused_by_their_flag_and_not_by_a_variable() -> None:
+    assert serve("/m --role prefill --transfer-threads 4").transfer.transfer_threads == 4
+    assert serve("/m --role prefill --transfer-threads 8 --transfer-queues 8").transfer.transfer_threads == 8
+    assert serve("/m --role prefill --transfer-queues 2").transfer.transfer_queues == 2
+    assert serve("/m --role prefill", {"PD_TRANSFER_THREADS": "8"}).transfer.transfer_threads == 8
+    for call, line in ((serve, "/m --role prefill --transfer-threads 5"), (up, "/m --transfer-threads 5")):
+        error = refusal(call, line)
+        assert (error.field, error.problem) == (
+            "--transfer-threads",
+            "5 threads for --transfer-queues 4: no two of them serve one queue",
+        )
+
+    backends = {**BACKENDS, "nixl": Backend(one_thread=True)}
+    with pytest.raises(ConfigError, match="transfer backend nixl is driven by one thread") as caught:
+        serve("/m --role prefill --transfer nixl --transfer-threads 2", backends=backends)
+    assert caught.value.field == "--transfer-threads"
+    assert serve("/m --role prefill --transfer nixl --transfer-threads 1", backends=backends).transfer
+    assert serve("/m --role prefill --transfer nixl", {"PD_TRANSFER_THREADS": "2"}, backends=backends).transfer
+    assert refusal(serve, "/m --role decode --transfer-threads 5").problem == "it does nothing on decode instances"
 
 
 @pytest.mark.parametrize("config_type", [ServeConfig, UpConfig])

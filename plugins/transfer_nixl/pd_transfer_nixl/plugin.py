@@ -32,5 +32,6 @@ def pd_register_transfer_backends(register: Callable[..., None]) -> None:
             },
             unavailable=missing,
             refuses=lambda setting, value: missing_rdma_devices(value),
+            one_thread=True,
         )
     )

@@ -23,7 +23,7 @@ def _unavailable() -> str | None:
 @hookimpl
 def pd_register_transfer_backends(register: Any) -> None:
     summary = "KV blocks copied through shared memory of one host and one user"
-    register(BackendInfo("memfd", make_memfd, summary=summary, unavailable=_unavailable))
+    register(BackendInfo("memfd", make_memfd, summary=summary, unavailable=_unavailable, one_thread=True))
 
 
 @hookimpl
