@@ -9,6 +9,7 @@ import torch
 if TYPE_CHECKING:
     from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan
     from pd.kernels.rope import QkNorm
+    from pd.kernels.spans import I64
 
 #: Most float32 scores that one tile of prompt attention materialises: 4 MiB stay in the cache (measured: twice as fast
 #: as one tile of 32 MiB, and as fast as torch's fused attention).
@@ -147,3 +148,31 @@ def _unseen(queries: int, keys: int, window: int, device: torch.device) -> torch
     whole = torch.ones(queries, keys, dtype=torch.bool, device=device)
     unseen = whole.triu(keys - queries + 1)
     return unseen | whole.tril(keys - queries - window) if window else unseen
+
+
+def digest_spans(words: torch.Tensor, table: I64) -> torch.Tensor:
+    """words int64[w]; table int64[n, 4]: (offset, unused, length, position), all in words."""
+    digests = torch.zeros(len(table), dtype=torch.int64, device=words.device)
+    for index, (start, _, length, position) in enumerate(table.tolist()):
+        runs = torch.arange(position, position + length, device=words.device) // 64
+        digests[index] = (words[start : start + length] * _run_keys(runs)).sum()
+    return digests
+
+
+def copy_spans(source: torch.Tensor, target: torch.Tensor, table: I64) -> None:
+    """source, target int64[w]; table int64[n, 4]: (offset in source, offset in target, length, unused), in words."""
+    for start, to, length, _ in table.tolist():
+        target[to : to + length] = source[start : start + length]
+
+
+def _run_keys(runs: torch.Tensor) -> torch.Tensor:
+    """splitmix64(run) | 1. int64 wraps to the bits of uint64; what its shifts copy of the sign is masked away."""
+    z = runs + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ ((z >> 30) & _signed((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & _signed((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return (z ^ ((z >> 31) & _signed((1 << 33) - 1))) | 1
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of this uint64."""
+    return word - (1 << 64) if word >> 63 else word

@@ -16,6 +16,7 @@ import torch
 from pd.abc.transfer import Region
 from pd.errors import ConfigError
 from pd.kernels.attention import LayerKv
+from pd.runner.cuda_memory import allocate_device_region, device_bytes
 from pd.types import BlockShape
 
 #: Most that the CPU's pool takes when neither its size nor its share is set: more would only cost page tables.
@@ -60,26 +61,34 @@ def count_blocks(shape: BlockShape, *, max_total_tokens: int, fraction: float, f
     return room // shape.nbytes
 
 
-def allocate_region(nbytes: int, supply: Callable[[int, str], Region | None] | None = None) -> Region:
-    """Host memory for the pool: the transfer backend's (`supply(nbytes, device)`) or else anonymous, zeroed pages."""
-    region = supply(nbytes, "cpu") if supply is not None else None
+def allocate_region(
+    nbytes: int, supply: Callable[[int, str], Region | None] | None = None, device: str = "cpu"
+) -> Region:
+    """Memory of "cpu" or "cuda:N" for the pool: the backend's (`supply(nbytes, device)`), else our own, zeroed."""
+    region = supply(nbytes, device) if supply is not None else None
     if region is None:
-        pages = mmap.mmap(-1, nbytes)
-        buffer = memoryview(pages)
-        address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
-        region = Region(index=0, address=address, nbytes=nbytes, device="cpu", buffer=buffer, owner=pages)
-    if region.buffer is None or region.buffer.nbytes < nbytes:
+        region = _host_region(nbytes) if device == "cpu" else allocate_device_region(nbytes, device)
+    usable = region.nbytes if region.buffer is None else region.buffer.nbytes
+    if region.device != device or usable < nbytes or (device == "cpu" and region.buffer is None):
         raise ConfigError("--transfer", f"the backend's memory cannot hold a KV pool of {nbytes} bytes")
     return region
+
+
+def _host_region(nbytes: int) -> Region:
+    pages = mmap.mmap(-1, nbytes)
+    buffer = memoryview(pages)
+    address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+    return Region(index=0, address=address, nbytes=nbytes, device="cpu", buffer=buffer, owner=pages)
 
 
 class KvPool:
     """Tensor views over a region that the caller keeps registered for as long as the pool lives."""
 
     def __init__(self, region: Region, shape: BlockShape, num_blocks: int, dtype: torch.dtype) -> None:
-        assert region.buffer is not None and dtype.itemsize == shape.itemsize
+        assert dtype.itemsize == shape.itemsize
         self.region, self.shape, self.num_blocks = region, shape, num_blocks
-        raw = torch.frombuffer(region.buffer, dtype=dtype, count=num_blocks * shape.nbytes // shape.itemsize)
+        memory = device_bytes(region) if region.buffer is None else torch.frombuffer(region.buffer, dtype=torch.uint8)
+        raw = memory[: num_blocks * shape.nbytes].view(dtype)
         #: [block, kv_head, layer, k|v, token, head_dim]
         self.tensor = raw.view(num_blocks, shape.kv_heads, shape.layers, 2, shape.tokens, shape.head_dim)
         self.layers: Sequence[LayerKv] = [
@@ -88,7 +97,7 @@ class KvPool:
 
     @property
     def bytes(self) -> memoryview:
-        """The pool's memory."""
+        """The pool's memory, where it is the host's."""
         assert self.region.buffer is not None
         return self.region.buffer
 

@@ -12,6 +12,7 @@ import torch
 from pd.abc import DeviceMemory, Region
 from pd.errors import ConfigError, TransferError
 from pd.messages import Admit, StepOrder
+from pd.runner.cuda_memory import device_bytes
 from pd.runner.inputs import RequestTable, build_inputs
 from pd.runner.kv_pool import DEFAULT_CPU_CAP, KvPool, allocate_region, count_blocks, free_memory
 from pd.runner.memory import HostMemory
@@ -79,6 +80,35 @@ def test_memory_that_is_too_small_or_not_the_hosts_is_refused() -> None:
         allocate_region(64, lambda nbytes, device: Region(0, 1, 32, "cpu", memoryview(bytearray(32))))
     with pytest.raises(ConfigError, match="cannot hold"):
         allocate_region(64, lambda nbytes, device: Region(0, 1, 64, "cuda:0"))
+
+
+def device_region(nbytes: int) -> Region:
+    """What a backend supplies for a GPU, as far as that can be without one: the tensor is larger than the region."""
+    owner = torch.zeros(nbytes // 4 + 32, dtype=torch.float32)
+    return Region(0, owner.data_ptr() + 64, nbytes, "cuda:1", owner=owner)
+
+
+def test_a_pool_on_a_device_lies_in_the_backends_memory_there() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def supply(nbytes: int, device: str) -> Region:
+        asked.append((nbytes, device))
+        return device_region(nbytes)
+
+    pool = KvPool(allocate_region(4 * SHAPE.nbytes, supply, "cuda:1"), SHAPE, 4, torch.float32)
+    assert asked == [(4 * SHAPE.nbytes, "cuda:1")]
+    assert pool.tensor.data_ptr() == pool.region.address == pool.region.owner.data_ptr() + 64
+    pool.tensor[3, 1, 2, 1, 15, 7] = 7.0
+    assert device_bytes(pool.region).view(torch.float32)[-1] == 7.0
+    assert pool.region.owner[:16].eq(0).all() and pool.region.owner[-16:].eq(0).all()
+
+
+def test_memory_of_another_device_than_the_pools_is_refused() -> None:
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(ConfigError, match="cannot hold"):
+            allocate_region(64, lambda nbytes, device: device_region(nbytes), device)
+    with pytest.raises(ConfigError, match="cannot hold"):
+        allocate_region(64, lambda nbytes, device: device_region(32), "cuda:1")
 
 
 def test_own_memory_is_page_aligned_zeroed_and_known_by_its_address() -> None:

@@ -1,0 +1,43 @@
+"""What the ops over spans of memory share: words, bounds, and the launches that a set of spans makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+I64 = npt.NDArray[np.int64]
+
+#: Bytes of a word: what spans are counted, copied and digested in.
+WORD = 8
+
+
+def as_words(memory: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory of any type as int64[words], without a copy; a rest of less than a word is left out."""
+    if not memory.is_contiguous() or memory.data_ptr() % WORD:
+        raise ValueError(f"memory must be contiguous and start at a multiple of {WORD} bytes")
+    raw = memory.view(-1).view(torch.uint8)
+    return raw[: raw.numel() // WORD * WORD].view(torch.int64)
+
+
+def span_words(what: str, memory: torch.Tensor, offsets: I64, lengths: I64) -> I64:
+    """Checks that spans (in bytes) are whole words inside `memory` int64[words]; returns the offsets in words."""
+    if ((offsets | lengths) % WORD).any():
+        raise ValueError(f"{what}: a span begins and ends at a multiple of {WORD} bytes")
+    if len(offsets) and (offsets.min() < 0 or lengths.min() < 0 or (offsets + lengths).max() > memory.numel() * WORD):
+        raise ValueError(f"{what}: a span lies outside the {memory.numel() * WORD} bytes of memory")
+    return offsets // WORD
+
+
+def launches(chunks: I64) -> Iterator[tuple[I64, int]]:
+    """Spans that one grid serves, as (indices, chunks of the longest): every span gets as many programs as the longest.
+
+    `chunks[i]` is what span i needs. Spans of a launch differ by less than a factor of two, so that fewer than half of
+    the programs have nothing to do; spans that need none are left out.
+    """
+    sizes = np.frexp(chunks.astype(np.float64))[1]
+    for size in np.unique(sizes[chunks > 0]):
+        members = np.flatnonzero(sizes == size)
+        yield members, int(chunks[members].max())

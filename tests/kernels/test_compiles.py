@@ -1,0 +1,33 @@
+"""Kernels compiled for Hopper, without a GPU: they fit, nothing spills, and memory is accessed 16 bytes at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from pd.kernels.spans_triton import ROWS, span_pass
+from tests.kernels.aot import Compiled, compile_sm90
+
+WORDS = dict.fromkeys(("source", "target", "digests", "table", "members"), "*i64:16")
+
+#: Arguments that are not given: what is then left of the pass.
+ABSENT = {"copy": ["digests"], "digest": ["target"], "copy and digest": []}
+
+
+def compile_pass(does: str, alignment: int) -> Compiled:
+    constants = {"ROWS": ROWS, "ALIGNMENT": alignment} | dict.fromkeys(ABSENT[does])
+    return compile_sm90(span_pass, WORDS | {"chunks": "i32"}, constants)
+
+
+@pytest.mark.parametrize("does", ABSENT)
+def test_the_pass_over_spans_fits_and_accesses_16_bytes_at_a_time(does: str) -> None:
+    aligned, odd = compile_pass(does, 2), compile_pass(does, 1)
+    for compiled in (aligned, odd):
+        compiled.check()
+        assert compiled.registers <= 80, "six programs of four warps on a multiprocessor"
+        assert (compiled.count("STG") > 0) == ("copy" in does)
+        assert (compiled.count("REDG") + compiled.count("RED") + compiled.count("ATOMG") > 0) == ("digest" in does)
+    assert aligned.count("LDG.E.128") == ROWS * 64 // (128 * 2)
+    assert odd.count("LDG.E.128") == 0
+    assert aligned.count("STG.E.128") == (aligned.count("LDG.E.128") if "copy" in does else 0)

@@ -1,0 +1,22 @@
+"""Runs the tests of `interpreted` in a process of its own, in which Triton interprets its kernels on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+def test_kernels_compute_what_their_references_do() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(FOLDER)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=FOLDER.parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
