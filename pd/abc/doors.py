@@ -37,8 +37,9 @@ KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_K
 
 ANY_HOST = ("0.0.0.0", "::", "")
 
-#: What a handshake with somebody else, or with nobody, ends in.
-FAILURES = (OSError, OverflowError, msgspec.MsgspecError)
+#: What a handshake with somebody else, or with nobody, ends in: ValueError also for what is no text, RecursionError for
+#: what is nested without end.
+FAILURES = (OSError, OverflowError, ValueError, RecursionError)
 
 T = TypeVar("T")
 
@@ -86,20 +87,27 @@ def _send(sock: socket.socket, message: Any) -> None:
 
 
 def _receive(sock: socket.socket, kind: type[T]) -> T:
-    (length,) = struct.unpack("!I", _exactly(sock, 4))
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+    (length,) = struct.unpack("!I", _exactly(sock, 4, deadline))
     if length > MAX_MESSAGE:
         raise ConnectionError(f"a message of {length} bytes")
-    return msgspec.msgpack.decode(_exactly(sock, length), type=kind)
+    return msgspec.msgpack.decode(_exactly(sock, length, deadline), type=kind)
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    data = b""
+def _exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
+    """Also from somebody who sends byte by byte."""
+    data = bytearray()
     while len(data) < count:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left)
         piece = sock.recv(count - len(data))
         if not piece:
             raise ConnectionError("it ended the connection")
         data += piece
-    return data
+    sock.settimeout(HANDSHAKE_TIMEOUT)
+    return bytes(data)
 
 
 def _proof(key: bytes, role: str, hello: Hello, nonce: bytes, words: bytes = b"") -> bytes:
@@ -212,7 +220,8 @@ class Door:
 
     `admit(caller)` is called in a thread of the caller's own when it has proved who it is, returns the words of the
     answer, and raises a PdError to refuse. `leave(caller)` is called once for each that was admitted, when it has gone
-    or is cut off. Raises BackendUnavailable where it cannot bind; nobody is answered before `start`.
+    or is cut off; one that raised a PdError is called again by the next `cut`. Raises BackendUnavailable where it
+    cannot bind; nobody is answered before `start`.
     """
 
     def __init__(
@@ -227,17 +236,19 @@ class Door:
         self._key, self._log = context.secret or b"", context.log
         self._lock = threading.Lock()
         self._ending = threading.Lock()  # whoever has had it knows that every `leave` begun before is over
-        self._callers: set[Caller] = set()
+        self._callers: dict[Caller, None] = {}  # as they came
         self._expelled: set[str] = set()
         self._vanished: set[str] = set()
         self._closed = False
         self._threads: list[threading.Thread] = []
         host = context.data_host
-        self._listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            self._listener.bind((host, 0))
+            with contextlib.ExitStack() as stack:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                self._listener = stack.enter_context(socket.socket(family))
+                self._listener.bind((host, 0))
+                stack.pop_all()
         except OSError as error:
-            self._listener.close()
             remedy = "--control-host must be an address of this host"
             raise BackendUnavailable(backend, f"cannot bind to {host}: {error}", remedy) from error
         self.host, self._port = self._listener.getsockname()[:2]
@@ -271,7 +282,7 @@ class Door:
                 if self._closed or sum(not one.identity for one in self._callers) >= UNPROVEN_LIMIT:
                     sock.close()
                     continue
-                self._callers.add(caller)
+                self._callers[caller] = None
             self._spawn(self._serve, caller)
 
     def _serve(self, caller: Caller) -> None:
@@ -279,24 +290,36 @@ class Door:
             try:
                 sock.settimeout(HANDSHAKE_TIMEOUT)
                 identity = self._shake_hands(sock, caller)
-                _send(sock, self._welcome(caller, identity))
-                sock.settimeout(None)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in KEEPALIVE:
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
-                while sock.recv(64):  # until it ends
-                    pass
-            except FAILURES as error:
-                if isinstance(error, TimeoutError) and caller.identity:
-                    self._vanished.add(caller.identity)
+                welcome = self._welcome(caller, identity)
+                _send(sock, welcome)
+                if not welcome.refused:
+                    self._watch(sock)
+            except (*FAILURES, PdError) as error:
+                if caller.admitted and not isinstance(error, ConnectionError):
+                    self._vanished.add(caller.identity)  # its host does not answer, which does not say that it is dead
                 self._log("a sender's connection ended", sender=caller.identity, reason=str(error))
             finally:
-                self._end(caller)
+                try:
+                    self._end(caller)
+                except PdError as error:
+                    self._log("a sender that has gone may still write", sender=caller.identity, reason=str(error))
+
+    @staticmethod
+    def _watch(sock: socket.socket) -> None:
+        """Until it ends."""
+        sock.settimeout(None)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        while sock.recv(64):
+            pass
 
     def _shake_hands(self, sock: socket.socket, caller: Caller) -> str:
         hello, nonce = _receive(sock, Hello), os.urandom(NONCE)
         if (hello.backend, hello.receiver) != (self._backend, self._identity):
             raise ConnectionError(f"looks for {hello.backend} of {hello.receiver}")
+        if not hello.sender:
+            raise ConnectionError("has no name")
         _send(sock, Challenge(nonce, _proof(self._key, "receiver", hello, nonce)))
         introduction = _receive(sock, Introduction)
         _check(introduction.proof, self._key, "sender", hello, nonce, introduction.words)
@@ -322,53 +345,65 @@ class Door:
         return Welcome(refused="it takes nothing from this sender any more")
 
     def _end(self, caller: Caller) -> None:
-        with self._ending:
-            with self._lock:
-                known, admitted = caller in self._callers, caller.admitted
-                self._callers.discard(caller)
-            if known and admitted:
-                self._leave(caller)
-        with contextlib.suppress(OSError):
-            caller.sock.shutdown(socket.SHUT_RDWR)
+        """Not known any more when this returns: raises what `leave` raises."""
+        try:
+            with self._ending:
+                with self._lock:
+                    admitted = caller.admitted and caller in self._callers
+                    if not admitted:
+                        self._callers.pop(caller, None)
+                if admitted:
+                    self._leave(caller)
+                    with self._lock:
+                        self._callers.pop(caller, None)
+        finally:
+            with contextlib.suppress(OSError):
+                caller.sock.shutdown(socket.SHUT_RDWR)
 
     def callers(self, identity: str = "") -> list[Caller]:
-        """Who is connected: all that have proved who they are, or those of one sender."""
+        """Who is connected, as they came: all that have proved who they are, or those of one sender."""
         with self._lock:
             return [one for one in self._callers if one.identity and identity in ("", one.identity)]
 
-    def cut(self, identity: str, but: Caller | None = None) -> None:
-        """End the calls of one sender; `leave` has been called for each when this returns."""
-        for caller in self.callers(identity):
-            if caller is not but:
-                self._end(caller)
-        with self._ending:
-            pass
+    def cut(self, identity: str, before: Caller | None = None) -> None:
+        """End the calls of one sender, or those that came before one; `leave` is over for each when this returns.
+
+        One that `admit` is busy with is refused when that returns, and left then.
+        """
+        found = self.callers(identity)
+        if before is not None:  # which may have been cut itself, by one that came later
+            found = found[: found.index(before)] if before in found else []
+        for caller in found:
+            self._end(caller)
 
     def expel(self, identity: str) -> bool:
         """Take no call of this sender any more, and ask it to end those that it has.
 
-        True when it has ended them itself, or never called: nothing of it is under way. A host that vanished without a
-        word never ends them.
+        True when it has ended them itself, was cut, or never called: nothing of it is under way that `leave` has not
+        ended. A host that vanished without a word never ends them.
         """
         with self._lock:
             self._expelled.add(identity)
-        found = self.callers(identity)
+        with self._ending:
+            found = self.callers(identity)
         for caller in found:
             with contextlib.suppress(OSError):
                 caller.sock.shutdown(socket.SHUT_WR)  # it sees that before its next write, and closes
-        with self._ending:
-            pass
         return not found and identity not in self._vanished
 
     def close(self) -> None:
-        """Cut off everybody."""
+        """Cut off everybody. Raises nothing: what `leave` raises is in the log."""
         with self._lock:
             self._closed = True
             callers, threads = list(self._callers), list(self._threads)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes its thread
         for caller in callers:
-            self._end(caller)
+            try:
+                self._end(caller)
+            except PdError as error:
+                self._log("a sender may still write", sender=caller.identity, reason=str(error))
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
         for thread in threads:
-            thread.join(HANDSHAKE_TIMEOUT)
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._listener.close()

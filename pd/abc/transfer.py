@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -24,6 +24,9 @@ Spans: TypeAlias = npt.NDArray[np.uint64]
 U64: TypeAlias = npt.NDArray[np.uint64]
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+#: A number that a peer sends: an address, a length. It fits a column of Spans.
+Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -221,7 +224,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     """A msgspec struct from a peer's descriptor or words. Raises TransferError."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:  # also for what is no text, or nested without end
         raise TransferError(f"no {kind.__name__.lower()} of this backend: {error}") from error
 
 

@@ -84,7 +84,7 @@ def test_a_prefill_instance_opens_the_store_and_both_roles_join_it_with_their_de
         backend("device_rdma", role=role, device=device) for role, device in (("prefill", "npu:3"), ("decode", "npu:4"))
     ]
     for one in pair:
-        one.open(one._context.role)
+        one.open(one.context.role)
     calls = [call for call in fake_memfabric.TransferEngine.calls if call[0] == "initialize"]
     assert [(call[1], *call[3:]) for call in calls] == [
         (URL, "Prefill", 3, "DEVICE_RDMA"),

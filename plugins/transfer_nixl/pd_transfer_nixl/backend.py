@@ -154,7 +154,7 @@ class NixlBackend(BackendDefaults):
         """An agent to which this sender alone writes; an earlier one of the same sender ends."""
         sender = decode(caller.words, Introduction)
         assert self._door is not None
-        self._door.cut(caller.identity, but=caller)
+        self._door.cut(caller.identity, before=caller)
         copies = sender.copies and sender.machine == self._machine
         agent = self._agent(f"{self._identity}<{caller.identity}/{next(self._numbers)}")
         try:
