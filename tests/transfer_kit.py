@@ -166,6 +166,9 @@ class NoDevice:
     def copy(self, region: Any, offset: int, buffer: Any, *, to_device: bool) -> None:
         raise AssertionError("host memory needs no staging")
 
+    def enter(self) -> None:
+        pass
+
     def fence(self) -> None:
         raise AssertionError("host memory needs no staging")
 
@@ -193,6 +196,9 @@ class FakeDevice:
             self.memory[offset : offset + host.size] = host
         else:
             np.frombuffer(buffer, dtype=np.uint8)[:] = self.memory[offset : offset + host.size]
+
+    def enter(self) -> None:
+        pass
 
     def fence(self) -> None:
         self.fences += 1

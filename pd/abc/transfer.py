@@ -93,6 +93,9 @@ class DeviceMemory(Protocol):
     def copy(self, region: Region, offset: int, buffer: memoryview, *, to_device: bool) -> None:
         """Copy between device memory and a host buffer; returns when done (staging)."""
 
+    def enter(self) -> None:
+        """Make it the calling thread's current device. The core's threads do so themselves; a backend's own must."""
+
     def fence(self) -> None:
         """Later work on the device sees every host or peer write that has completed."""
 

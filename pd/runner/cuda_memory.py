@@ -113,6 +113,9 @@ class CudaMemory:
             else:
                 lane.load(memory, host)
 
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)
+
     def fence(self) -> None:
         """No stream needs to wait: a kernel sees every write that had completed when it was launched.
 

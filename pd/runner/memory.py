@@ -34,6 +34,9 @@ class HostMemory:
         else:
             buffer.cast("B")[:] = part
 
+    def enter(self) -> None:
+        """Nothing to do: a host has no current device."""
+
     def fence(self) -> None:
         """Nothing to do: the host sees every completed write."""
 

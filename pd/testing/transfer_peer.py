@@ -42,6 +42,9 @@ class HostMemory:
     def copy(self, region: Region, offset: int, buffer: memoryview, *, to_device: bool) -> None:
         raise TransferError("a backend needs no staging of host memory")
 
+    def enter(self) -> None:
+        """Nothing to do."""
+
     def fence(self) -> None:
         """Nothing to do."""
 

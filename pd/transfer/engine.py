@@ -108,23 +108,23 @@ class TransferEngine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._queues = [self._queue() for _ in range(max(1, config.queues))]
-        self._senders, self._receiver = self._make_workers()
-        self._checker = Worker("check", self._fail)
+        self._senders, self._receiver = self._make_workers(memory.enter)
+        self._checker = Worker("check", self._fail, begin=memory.enter)
         self._thread = threading.Thread(target=self._run, name="pd-transfer", daemon=True)
 
     def _queue(self) -> PushQueue:
         config = self._config
         return PushQueue(self._backend, self._pools, self._staging, self._emit, config.timeout, config.rank)
 
-    def _make_workers(self) -> tuple[list[Worker], Worker]:
+    def _make_workers(self, begin: Callable[[], None]) -> tuple[list[Worker], Worker]:
         capabilities, queues = self._backend.capabilities, self._queues
         progress = self._connected if capabilities.needs_progress else None
         if not capabilities.concurrent_posts:
-            only = Worker("all", self._fail, queues, self._backend, progress)
+            only = Worker("all", self._fail, queues, self._backend, progress, begin)
             return [only], only
         count = max(1, min(self._config.threads, len(queues)))
-        senders = [Worker(f"send-{i}", self._fail, queues[i::count]) for i in range(count)]
-        return senders, Worker("receive", self._fail, (), self._backend, progress)
+        senders = [Worker(f"send-{i}", self._fail, queues[i::count], begin=begin) for i in range(count)]
+        return senders, Worker("receive", self._fail, (), self._backend, progress, begin)
 
     def _connected(self) -> bool:
         return self._receiving.busy or any(queue.connections for queue in self._queues)

@@ -22,7 +22,7 @@ class Worker:
     """One thread. It sleeps without a timeout while nothing is under way and no progress is due.
 
     `progress`: whether somebody may be writing to or from here, for a backend that must be driven; None where this
-    worker does not drive it.
+    worker does not drive it. `begin` is called on the thread before anything else.
     """
 
     def __init__(
@@ -32,9 +32,10 @@ class Worker:
         queues: Sequence[PushQueue] = (),
         backend: TransferBackend | None = None,
         progress: Callable[[], bool] | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.queues = queues
-        self._failed, self._backend, self._progress = failed, backend, progress
+        self._failed, self._backend, self._progress, self._begin = failed, backend, progress, begin
         self._tasks: collections.deque[Task] = collections.deque()
         self._condition = threading.Condition()
         self._stopping = False
@@ -64,6 +65,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self._begin()
             while not self._stopping:
                 self._turn()
         except BaseException as error:  # not swallowed: the owner ends the process

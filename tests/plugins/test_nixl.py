@@ -194,7 +194,7 @@ def context(host: str = "127.0.0.1", **options: str) -> BackendContext:
 @pytest.fixture
 def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The process's environment, given back afterwards; nothing of UCX is set."""
-    for name in ("UCX_NET_DEVICES", "UCX_TLS", "UCX_LOG_FILE", "NIXL_LOG_LEVEL"):
+    for name in ("UCX_NET_DEVICES", "UCX_TLS", "UCX_LOG_FILE", "NIXL_LOG_LEVEL", "NIXL_UCX_SGL_ENABLE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch

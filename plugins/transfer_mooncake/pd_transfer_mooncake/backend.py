@@ -131,6 +131,7 @@ class MooncakeBackend(BackendDefaults):
             raise TransferError(f"it moves KV by {self._protocol}, not {theirs}")
         assert self._door is not None
         self._door.cut(caller.identity, before=caller)  # it was reset and connects again
+        self.context.memory.enter()
         mailbox = Region(0, ctypes.addressof(self._mailbox), len(self._mailbox), "cpu")
         memory = [*self._regions, mailbox] if "cpu" in self.capabilities.memory_kinds else self._regions
         caller.kept = self._engines.make(caller.reached, (caller.host, caller.reached), memory)

@@ -123,6 +123,7 @@ class NixlBackend(BackendDefaults):
 
     def _agent(self, name: str) -> Any:
         """Raises TransferError."""
+        self.context.memory.enter()
         try:
             return self._nixl.agent(name, self._memory)
         except self._nixl.errors as error:
