@@ -230,7 +230,19 @@ class TransferConformance(TransferFaults):
         used: list[float] = []  # on a machine that is busy with other things the same work costs more at times
         while len(used) < 3 and min(used, default=1.0) > self.idle_cpu:
             used.append(self._idle(remote, self.idle_seconds))
-        assert min(used) <= self.idle_cpu, f"{min(used):.1%} of a core while idle"
+        bound = self.idle_cpu
+        if min(used) > bound and self.here.capabilities.needs_progress:
+            # Where so much else runs that to wake up every millisecond costs that much alone, it is the measure.
+            bound = max(bound, 1.5 * self._waking(self.idle_seconds))
+        assert min(used) <= bound, f"{min(used):.1%} of a core while idle, at most {bound:.1%}"
+
+    @staticmethod
+    def _waking(seconds: float) -> float:
+        """Share of a core that waking up every millisecond costs here and now, without a backend."""
+        start, deadline = time.process_time(), time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.001)
+        return (time.process_time() - start) / seconds
 
     def _idle(self, remote: RemoteSide, seconds: float) -> float:
         """Share of a core that the busier side uses, driven as the core drives it."""

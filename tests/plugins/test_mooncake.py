@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from pd_transfer_mooncake import bare, plugin
 from pd_transfer_mooncake.engines import own_sockets
+from suite_kit import run_alone
 
 from pd.abc import BackendContext, transfer
 from pd.cli import main
@@ -29,6 +30,7 @@ PAGE = 16
 FACTORY = "pd_transfer_mooncake.plugin:make_mooncake"
 
 
+@pytest.mark.slow
 class TestMooncake(TransferConformance):
     """The package's README explains the exceptions, and that Mooncake binds its listeners to every interface."""
 
@@ -100,6 +102,27 @@ class TestMooncake(TransferConformance):
         close_sender()
         close_receiver()
         assert np.array_equal(other.memory, self.expected(rows))
+
+
+SHORT = (
+    "test_scattered_writes_of_all_sizes_arrive_whole_and_nothing_else_changes",
+    "test_another_process_writes_here",
+    "test_threads_may_post_to_different_peers_at_the_same_time",
+    "test_an_address_outside_a_region_is_refused_and_touches_nothing",
+    "test_a_damaged_descriptor_is_refused_and_a_good_one_still_works",
+    "test_a_peer_without_the_secret_is_refused",
+    "test_after_reset_no_reused_source_byte_reaches_a_frozen_receiver",
+    "test_a_receiver_killed_in_the_middle_is_noticed_quickly",
+    "test_a_dead_sender_can_be_expelled",
+    "test_nothing_listens_beyond_the_configured_host",
+    "test_an_engine_answers_only_its_own_peers_host_at_the_configured_host",
+    "test_both_sides_must_move_kv_by_the_same_protocol",
+)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_in_short(name: str) -> None:
+    run_alone(TestMooncake, name)
 
 
 def ports_of_engines() -> set[int]:

@@ -19,6 +19,7 @@ if not (find_spec("pd_transfer_nixl") and find_spec("nixl_cu12")):
 from pd_transfer_nixl import vendor
 from pd_transfer_nixl.agents import rows
 from pd_transfer_nixl.plugin import make_nixl
+from suite_kit import run_alone
 
 from pd.abc import BackendContext, transfer
 from pd.errors import BackendUnavailable, PeerLost
@@ -144,24 +145,14 @@ SHORT = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in SHORT.items() for name in names])
 def test_in_short(kind: type[Nixl], name: str) -> None:
-    suite = kind()
-    method = getattr(suite, name)
-    suite.setup_method(method)
-    try:
-        method()
-    finally:
-        suite.teardown_method(method)
+    run_alone(kind, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transports", ["", "tcp"])
 def test_ten_seconds_of_an_idle_peer_cost_no_cpu(transports: str) -> None:
-    suite = type("Long", (Nixl,), {"transports": transports, "idle_seconds": 10.0})()
-    suite.setup_method()
-    try:
-        suite.test_an_idle_peer_costs_no_cpu()
-    finally:
-        suite.teardown_method()
+    kind = type("Long", (Nixl,), {"transports": transports, "idle_seconds": 10.0})
+    run_alone(kind, "test_an_idle_peer_costs_no_cpu")
 
 
 def test_any_spans_of_whole_blocks_are_the_rows_that_the_indices_name() -> None:

@@ -69,7 +69,8 @@ def unified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 @pytest.fixture(params=["llama", "qwen2"])
-def pair(request: pytest.FixtureRequest) -> Deployment:
+def pair(request: pytest.FixtureRequest, plane: str) -> Deployment:
+    """Either of them; `plane` is named here because it varies."""
     found: Deployment = request.getfixturevalue(request.param)
     return found
 

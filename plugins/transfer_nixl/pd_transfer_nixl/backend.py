@@ -95,7 +95,8 @@ class NixlBackend(BackendDefaults):
 
     def progress(self) -> None:
         """Every agent that is written to, or that writes; the others now and then."""
-        assert self._door is not None
+        if self._door is None:
+            return
         rested = next(self._turns) % REST == 0
         for link in self._links:
             if rested or link.busy:
