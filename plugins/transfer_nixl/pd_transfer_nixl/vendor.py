@@ -53,8 +53,9 @@ def configure(context: BackendContext) -> None:
     """
     os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
     os.environ.setdefault("UCX_LOG_FILE", "stderr")
-    # One call of UCX for many descriptors: between GPUs 256 KiB pieces move three times as fast.
-    os.environ.setdefault("NIXL_UCX_SGL_ENABLE", "1")
+    if context.device != "cpu":
+        # One call of UCX for many descriptors: between GPUs 256 KiB pieces move three times as fast.
+        os.environ.setdefault("NIXL_UCX_SGL_ENABLE", "1")
     if devices := context.options.get("ib_device", ""):
         if wrong := missing_rdma_devices(devices):
             raise BackendUnavailable("nixl", "--ib-device", wrong)
