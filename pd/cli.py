@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pd import __version__
 from pd.config import RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, PdError, PluginError
 from pd.plugins import PluginDescription, Plugins, load_plugins
+from pd.machine import has_accelerator
 from pd.settings import Parser, add_settings, resolve, with_log_format
 
 Run = Callable[[argparse.Namespace], int]
@@ -122,7 +122,7 @@ def _run_with_settings(command: _Command, plugins: Plugins) -> Run:
             os.environ,
             backends=plugins.backends() if command.needs_engine else None,
             policies=plugins.policies(),
-            accelerator=_has_accelerator(),
+            accelerator=has_accelerator(),
         )
         if command.needs_engine and importlib.util.find_spec("torch") is None:
             raise PdError("torch is not installed: pip install 'pd-serve[engine]'")
@@ -131,11 +131,6 @@ def _run_with_settings(command: _Command, plugins: Plugins) -> Run:
         return int(target(with_log_format(config, terminal=sys.stderr.isatty())))
 
     return run
-
-
-def _has_accelerator() -> bool:
-    """Whether the kernel shows one: NVIDIA's (under WSL2 /dev/dxg) or Ascend's. Without torch, which takes seconds."""
-    return any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "davinci[0-9]*"))
 
 
 def _add_benchmarks(parser: Parser, argv: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 #: What an instance can be, and those of them that take part in hand-offs.
@@ -93,6 +93,20 @@ class ModelConfig:
     context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens", at_least=0)
     device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
     base_gpu_id: int = setting(0, "first GPU of this instance; computing on the CPU there is only 0", at_least=0)
+    load_format: str = setting(
+        "auto",
+        "auto reads the directory's weights; dummy makes random ones of config.json's shapes, to measure with",
+        choices=("auto", "dummy"),
+    )
+    attention_backend: str = setting(
+        "auto",
+        "kernels of a GPU's attention: triton, or torch, which is slow and for comparison (auto: triton)",
+        choices=("auto", "triton", "torch"),
+    )
+    cuda_graph_max_bs: int = setting(
+        256, "largest decode batch that is captured as a CUDA graph", unit="requests", at_least=1
+    )
+    disable_cuda_graph: bool = setting(False, "launch every kernel of a decode step by itself")
     revision: str = setting("", "branch, tag or commit of a model from the hub (default: main)")
 
 
@@ -115,8 +129,12 @@ class CacheConfig:
 class SchedulerConfig:
     max_running_requests: int = setting(256, "requests decoded at once", at_least=1)
     max_queued_requests: int = setting(4096, "requests waiting before new ones get 503", at_least=1)
-    chunked_prefill_size: int = setting(512, "prompt tokens of one request per step", unit="tokens", at_least=1)
-    max_prefill_tokens: int = setting(2048, "prompt tokens of all requests per step", unit="tokens", at_least=1)
+    chunked_prefill_size: int = setting(
+        0, "prompt tokens of one request per step (0: 8192 on a GPU, 512 on the CPU)", unit="tokens", at_least=0
+    )
+    max_prefill_tokens: int = setting(
+        0, "prompt tokens of all requests per step (0: 8192 on a GPU, 2048 on the CPU)", unit="tokens", at_least=0
+    )
     local_prefill: str = setting("fallback", "when it prefills itself: never, fallback or short:N", roles=("decode",))
     local_prefill_tokens: int = setting(
         512, "local prefill tokens per step", unit="tokens", roles=("decode",), at_least=1
@@ -134,6 +152,24 @@ class SchedulerConfig:
     request_timeout: float = setting(600.0, "longest time without a new token", unit="s", above=0)
     step_timeout: float = setting(
         60.0, "a step or a transfer command that takes longer means that the runner hangs", unit="s", above=0
+    )
+
+
+def for_device(config: ServeConfig, accelerator: bool) -> ServeConfig:
+    """With "auto" and 0 replaced by what they mean on this machine: `accelerator` is whether it has a GPU."""
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if accelerator else "cpu"
+    chunk, step = (8192, 8192) if device == "cuda" else (512, 2048)
+    limits = config.scheduler
+    return replace(
+        config,
+        model=replace(config.model, device=device),
+        scheduler=replace(
+            limits,
+            chunked_prefill_size=limits.chunked_prefill_size or chunk,
+            max_prefill_tokens=limits.max_prefill_tokens or step,
+        ),
     )
 
 

@@ -28,10 +28,11 @@ from pd.api.params import Defaults
 from pd.api.service import ApiConfig
 from pd.api.tokenizer import Tokenizer
 from pd.child import ChildContext
-from pd.config import ServeConfig, secret_values
+from pd.config import ServeConfig, for_device, secret_values
 from pd.errors import ProcessError
 from pd.faults import fault_prefix
 from pd.logs import configure
+from pd.machine import has_cuda_gpu
 from pd.models.checkpoint import read_json
 from pd.models.hub import HuggingFaceHub, locate
 from pd.models.info import check_config, check_model
@@ -101,6 +102,7 @@ def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
         name=config.model.served_model_name,
         context_length=config.model.context_length,
         supported=plugins.models(),
+        dummy=config.model.load_format == "dummy",
     )
 
 
@@ -141,9 +143,10 @@ async def serve(
     host = control_host(config)
     name = config.name or f"{socket.gethostname()}:{config.http.port or os.getpid()}"
     incarnation = time.time_ns() // 1_000_000
-    if config.model.base_gpu_id:
+    config = for_device(config, has_cuda_gpu())
+    if config.model.base_gpu_id and config.model.device == "cpu":
         log.warning("setting_without_effect", setting="base_gpu_id", reason="the runner computes on the CPU")
-    log.info("loading", model=model.name, dtype=model.dtype, role=config.role)
+    log.info("loading", model=model.name, dtype=model.dtype, role=config.role, device=config.model.device)
     async with AsyncExitStack() as resources:
         plan = (plan_type or Plan)(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
         try:
@@ -241,6 +244,7 @@ class Plan:
             host=self.host,
             model=config.model,
             cache=config.cache,
+            max_running=config.scheduler.max_running_requests,
             transfer=config.transfer,
             control=config.control,
             log=config.log,

@@ -176,3 +176,28 @@ def _run_keys(runs: torch.Tensor) -> torch.Tensor:
 def _signed(word: int) -> int:
     """The int64 with the bits of this uint64."""
     return word - (1 << 64) if word >> 63 else word
+
+
+def prepare_rows(state: SlotState, rows: StepRows, page_size: int) -> None:
+    for row, (slot, length, new) in enumerate(zip(*(x.tolist() for x in (rows.slots, rows.lengths, rows.grown)))):
+        final = max(length - 1, 0) // page_size
+        if new >= 0:
+            state.tables[slot, final] = new
+        count = final + 1 if length > 0 else 0
+        rows.tables[row, :count] = state.tables[slot, :count]
+        if row < rows.decode:
+            if rows.tokens[row] < 0:
+                rows.tokens[row] = state.last[slot]
+            rows.blocks[row] = state.tables[slot, final] if length > 0 and slot != state.scratch else 0
+            rows.offsets[row] = rows.positions[row] % page_size
+
+
+def gather_sampling(state: SlotState, slots: torch.Tensor, lengths: torch.Tensor) -> DeviceSampling:
+    params = state.params[slots.long()]
+    real = params[:, :3].contiguous().view(torch.float32)
+    seed = params[:, 6:8].contiguous().view(torch.int64)[:, 0]
+    return DeviceSampling(real[:, 0], params[:, 3], real[:, 1], real[:, 2], seed, params[:, 4], lengths)
+
+
+def store_last(state: SlotState, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    state.last[slots.long()] = tokens.int()

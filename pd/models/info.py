@@ -34,19 +34,20 @@ def check_model(
     context_length: int = 0,
     supported: Collection[str] = DENSE_ARCHITECTURES,
     tokenizer: bool = True,
+    dummy: bool = False,
 ) -> ModelInfo:
     """Read and check a model directory.
 
     `dtype` auto keeps the checkpoint's own (float16 and bfloat16 too). `context_length` 0 means the model's own; a
     longer one is an error. `supported` names the architectures that have a builder. `tokenizer` asks for
-    tokenizer.json as well. Raises ModelError for anything that would make serving fail later.
+    tokenizer.json as well, `dummy` for no weights. Raises ModelError for anything that would make serving fail later.
     """
     if not os.path.isdir(path):
         raise ModelError(path, "no such directory, and no hub id either (ORG/NAME)")
     raw = read_json(path, "config.json")
     architecture, shape = check_config(path, raw, supported)
-    checkpoint = read_checkpoint(path)
-    if isinstance(shape, DenseConfig):
+    checkpoint = Checkpoint(path, {}, {}) if dummy else read_checkpoint(path)
+    if isinstance(shape, DenseConfig) and not dummy:
         check_tensors(checkpoint, shape)
     if tokenizer and not os.path.isfile(os.path.join(path, TOKENIZER_FILE)):
         raise ModelError(path, f"{TOKENIZER_FILE} is missing (other tokenizer formats are not read)")

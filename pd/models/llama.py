@@ -65,7 +65,7 @@ class DenseDecoder:
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden, self._head).float()
+        return torch.nn.functional.linear(hidden, self._head)
 
 
 def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDecoder:

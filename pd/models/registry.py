@@ -32,7 +32,7 @@ class Model(Protocol):
         """tokens int64[T] -> final hidden states [T, hidden]; writes the T tokens' keys and values into `kv`."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden] -> float32 [R, vocab]."""
+        """[R, hidden] -> [R, vocab], in the model's dtype or float32."""
 
 
 class Builder(Protocol):

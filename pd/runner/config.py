@@ -12,8 +12,8 @@ class RunnerConfig:
     """`identity` names this incarnation and rank to peers. `host` is where its data plane listens.
 
     The endpoints are the scheduler's, `ipc://`; a unified instance needs no `transfer_endpoint`. `threads` 0 means one
-    for small models (more would only wait for each other) and torch's own number otherwise. `fault` as `pd.faults`
-    makes it.
+    for small models (more would only wait for each other) and torch's own number otherwise. `max_running`: most requests
+    at once. `fault` as `pd.faults` makes it.
     """
 
     role: str
@@ -23,6 +23,7 @@ class RunnerConfig:
     rank: int = 0
     host: str = "127.0.0.1"
     threads: int = 0
+    max_running: int = 256
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)

@@ -43,6 +43,13 @@ class Growing:
     def view(self) -> Int32:
         return self._data[: self._length]
 
+    @property
+    def last(self) -> int:
+        return int(self._data[self._length - 1])
+
+    def set(self, index: int, value: int) -> None:
+        self._data[index] = value
+
     def append(self, value: int) -> None:
         if self._length == len(self._data):
             grown = np.empty(2 * self._length, dtype=np.int32)
@@ -67,6 +74,7 @@ class Request:
     logprob_start: int
     prompt_top_logprobs: int
     constraint: Constraint | None = None  # where there is a grammar
+    slot: int = -1  # where the device keeps its state, if it does
 
 
 @dataclass(frozen=True)

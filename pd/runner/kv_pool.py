@@ -23,6 +23,9 @@ from pd.types import BlockShape
 DEFAULT_CPU_CAP = 2 << 30
 DEFAULT_CPU_SHARE = 0.15
 
+#: Of the memory that a GPU has free, for weights and pool.
+DEFAULT_GPU_SHARE = 0.88
+
 
 #: Where a container's memory limit and use stand (cgroup v2).
 CGROUP = Path("/sys/fs/cgroup")
@@ -61,6 +64,29 @@ def count_blocks(shape: BlockShape, *, max_total_tokens: int, fraction: float, f
     return room // shape.nbytes
 
 
+def count_device_blocks(
+    shape: BlockShape, *, max_total_tokens: int, fraction: float, free_before: int, free_bytes: int
+) -> int:
+    """Blocks of a GPU's pool, scratch included.
+
+    `free_before` bytes were free before the weights came, `free_bytes` are free now. `max_total_tokens` > 0 decides
+    alone; otherwise weights and pool take `fraction` of `free_before` (0: DEFAULT_GPU_SHARE), and what is left is for
+    activations and graphs. Raises ConfigError when that leaves no block to use.
+    """
+    if max_total_tokens > 0:
+        return count_blocks(shape, max_total_tokens=max_total_tokens, fraction=0.0, free_bytes=free_bytes)
+    share = fraction or DEFAULT_GPU_SHARE
+    room = int(free_bytes - (1 - share) * free_before)
+    if room < 2 * shape.nbytes:
+        weights = (free_before - free_bytes) / 2**30
+        raise ConfigError(
+            "--mem-fraction-static",
+            f"{share} of {free_before / 2**30:.2f} GiB, of which weights take {weights:.2f}, holds no KV block",
+            "raise it, or free memory of this GPU",
+        )
+    return room // shape.nbytes
+
+
 def allocate_region(
     nbytes: int, supply: Callable[[int, str], Region | None] | None = None, device: str = "cpu"
 ) -> Region:
@@ -88,7 +114,9 @@ class KvPool:
         assert dtype.itemsize == shape.itemsize
         self.region, self.shape, self.num_blocks = region, shape, num_blocks
         memory = device_bytes(region) if region.buffer is None else torch.frombuffer(region.buffer, dtype=torch.uint8)
-        raw = memory[: num_blocks * shape.nbytes].view(dtype)
+        #: uint8, where it is
+        self.memory = memory[: num_blocks * shape.nbytes]
+        raw = self.memory.view(dtype)
         #: [block, kv_head, layer, k|v, token, head_dim]
         self.tensor = raw.view(num_blocks, shape.kv_heads, shape.layers, 2, shape.tokens, shape.head_dim)
         self.layers: Sequence[LayerKv] = [

@@ -8,7 +8,7 @@ import torch
 
 from pd.models.checkpoint import read_checkpoint, read_json
 from pd.models.registry import Model, load_builder
-from pd.runner.weights import CheckpointWeights
+from pd.runner.weights import CheckpointWeights, DummyWeights
 from pd.types import ModelInfo
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,9 +20,12 @@ def load_model(
     *,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    dummy: bool = False,
 ) -> Model:
     """Build the model that `info` describes with the builder of its architecture. Raises ModelError."""
     builder = load_builder(info.path, builders[info.architecture])
-    place = device or torch.device("cpu")
-    with CheckpointWeights(read_checkpoint(info.path), TORCH_DTYPES[info.dtype], place, progress) as weights:
-        return builder(read_json(info.path, "config.json"), info, weights)
+    place, dtype, raw = device or torch.device("cpu"), TORCH_DTYPES[info.dtype], read_json(info.path, "config.json")
+    if dummy:
+        return builder(raw, info, DummyWeights(dtype, place))
+    with CheckpointWeights(read_checkpoint(info.path), dtype, place, progress) as weights:
+        return builder(raw, info, weights)

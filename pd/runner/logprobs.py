@@ -28,7 +28,7 @@ def token_logprobs(logprobs: torch.Tensor, tokens: list[int], sampling: Sampling
     """Of `tokens` (several for several choices), all drawn at the one position that `logprobs` float32[V] is of."""
     count = len(tokens)
     return TokenLogprobs(
-        chosen_f32=logprobs[torch.tensor(tokens)].numpy().tobytes(),
+        chosen_f32=logprobs[torch.tensor(tokens, device=logprobs.device)].cpu().numpy().tobytes(),
         tops=_tops(logprobs.expand(count, -1), sampling.top_logprobs),
         wanted_f32=_wanted(logprobs.expand(count, -1), sampling.token_ids_logprob),
     )
@@ -56,12 +56,12 @@ def prompt_logprobs(model: Model, hidden: torch.Tensor, row: Row, vocab: int) ->
     tile = max(1, _LOGITS_PER_TILE // vocab)
     for low in range(begin, end, tile):
         high = min(low + tile, end)
-        logprobs = model.logits(hidden[low - 1 - row.first : high - 1 - row.first]).log_softmax(-1)
-        tokens = torch.from_numpy(request.tokens.view[low:high].astype(np.int64))
-        chosen.append(logprobs.gather(1, tokens[:, None])[:, 0].numpy())
+        logprobs = model.logits(hidden[low - 1 - row.first : high - 1 - row.first]).float().log_softmax(-1)
+        tokens = torch.from_numpy(request.tokens.view[low:high].astype(np.int64)).to(logprobs.device)
+        chosen.append(logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy())
         top = logprobs.topk(width, dim=-1)
-        ids.append(top.indices.to(torch.int32).numpy())
-        tops.append(top.values.numpy())
+        ids.append(top.indices.to(torch.int32).cpu().numpy())
+        tops.append(top.values.cpu().numpy())
         wanted.append(_wanted(logprobs, sampling.token_ids_logprob))
     return PromptLogprobs(
         start=start,
@@ -77,7 +77,7 @@ def _tops(logprobs: torch.Tensor, width: int) -> TopLogprobs | None:
     if width <= 0:
         return None
     top = logprobs.topk(width, dim=-1)
-    return TopLogprobs(width, top.indices.to(torch.int32).numpy().tobytes(), top.values.numpy().tobytes())
+    return TopLogprobs(width, top.indices.to(torch.int32).cpu().numpy().tobytes(), top.values.cpu().numpy().tobytes())
 
 
 def _wanted(logprobs: torch.Tensor, ids: tuple[int, ...]) -> bytes:
@@ -85,6 +85,6 @@ def _wanted(logprobs: torch.Tensor, ids: tuple[int, ...]) -> bytes:
     if not ids:
         return b""
     vocab = logprobs.shape[-1]
-    values = logprobs[:, torch.tensor([token if 0 <= token < vocab else 0 for token in ids])]
+    values = logprobs[:, torch.tensor([token if 0 <= token < vocab else 0 for token in ids], device=logprobs.device)]
     outside = torch.tensor([not 0 <= token < vocab for token in ids])
-    return values.masked_fill(outside, math.nan).numpy().tobytes()
+    return values.cpu().masked_fill(outside, math.nan).numpy().tobytes()

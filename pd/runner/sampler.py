@@ -33,6 +33,8 @@ def sample(
 ) -> list[Sampled]:
     """`logits` float32[S, V] are of the requests' last known tokens; rows are changed in place. Reads the requests.
 
+    On any device; on a GPU it waits for what it computes.
+
     `forbidden[i]` bool[V] are the tokens that request i cannot have; never all.
     """
     raw = {
@@ -59,7 +61,7 @@ def _shape(request: Request, row: torch.Tensor, forbidden: torch.Tensor | None) 
     """One row's logits after penalties, bias and masks, in place."""
     sampling = request.sampling
     if _is_penalised(sampling):
-        tokens = torch.from_numpy(request.tokens.view.astype(np.int64))
+        tokens = torch.from_numpy(request.tokens.view.astype(np.int64)).to(row.device)
         penalise(
             row,
             tokens,
@@ -71,9 +73,34 @@ def _shape(request: Request, row: torch.Tensor, forbidden: torch.Tensor | None) 
     if sampling.logit_bias:
         add_bias(row, sampling.logit_bias)
     if forbidden is not None:
-        row.masked_fill_(forbidden, float("-inf"))
+        row.masked_fill_(forbidden.to(row.device), float("-inf"))
     if _too_short(request) and (forbidden is None or not _leaves_only(forbidden, sampling.stop_token_ids)):
         forbid(row, sampling.stop_token_ids)
+
+
+def needs_host(request: Request) -> bool:
+    """Its next token depends on more than its logits and a few numbers, or more is asked for than the token."""
+    sampling = request.sampling
+    return bool(
+        request.choices > 1
+        or sampling.grammar
+        or sampling.logit_bias
+        or sampling.top_logprobs > 0
+        or sampling.token_ids_logprob
+        or sampling.min_tokens > 0
+        or _is_penalised(sampling)
+    )
+
+
+def restricts(sampling: SamplingParams) -> bool:
+    """It draws from a part of the vocabulary."""
+    drawn = sampling.temperature >= _COLDEST
+    return drawn and (sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0)
+
+
+def wants_logprob(sampling: SamplingParams) -> bool:
+    """Of the sampled token."""
+    return sampling.logprobs
 
 
 def _is_penalised(sampling: SamplingParams) -> bool:
@@ -102,13 +129,14 @@ def _drawn(requests: list[Request], logits: torch.Tensor, warm: list[int]) -> li
         choices=tuple(sampling.choice + offset for sampling, offset in zip(samplings, offsets, strict=True)),
         positions=tuple(len(requests[index].tokens) for index in owners),
     )
-    restricted = [row for row, s in enumerate(samplings) if s.top_k > 0 or s.top_p < 1.0 or s.min_p > 0.0]
+    restricted = [row for row, sampling in enumerate(samplings) if restricts(sampling)]
+    device = logits.device
     params = DrawParams(
-        temperature=torch.tensor([sampling.temperature for sampling in samplings]),
-        top_k=torch.tensor([max(0, sampling.top_k) for sampling in samplings]),
-        top_p=torch.tensor([sampling.top_p for sampling in samplings]),
-        min_p=torch.tensor([sampling.min_p for sampling in samplings]),
-        restricted=torch.tensor(restricted, dtype=torch.int64),
+        temperature=torch.tensor([sampling.temperature for sampling in samplings], device=device),
+        top_k=torch.tensor([max(0, sampling.top_k) for sampling in samplings], device=device),
+        top_p=torch.tensor([sampling.top_p for sampling in samplings], device=device),
+        min_p=torch.tensor([sampling.min_p for sampling in samplings], device=device),
+        restricted=torch.tensor(restricted, dtype=torch.int64, device=device),
     )
-    rows = logits if len(owners) == logits.shape[0] == len(warm) else logits[torch.tensor(owners)]
+    rows = logits if len(owners) == logits.shape[0] == len(warm) else logits[torch.tensor(owners, device=device)]
     return [int(token) for token in draw(rows, params, keys).tolist()]

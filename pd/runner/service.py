@@ -5,36 +5,32 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 import zmq
 
 from pd import logs
 from pd.abc import TransferBackend
-from pd.errors import ConfigError
 from pd.faults import FaultPoints
 from pd.ipc.channel import SyncChannel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
-from pd.messages import GrammarCompile, RunnerFailed, RunnerReady, RunnerToScheduler, SchedulerToRunner
+from pd.messages import GrammarCompile, RunnerFailed, RunnerReady, RunnerToScheduler, SchedulerToRunner, StepDone, StepOrder
 from pd.models.checkpoint import read_checkpoint
 from pd.models.info import check_model
-from pd.models.registry import Model
 from pd.plugins import Plugins, load_plugins
 from pd.runner.config import RunnerConfig
+from pd.runner.device import mib, open_device
+from pd.runner.ends import StepEnds
 from pd.runner.grammar import Grammars
-from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, free_memory
-from pd.runner.loading import TORCH_DTYPES, load_model
-from pd.runner.memory import HostMemory
 from pd.runner.transfer import HIGH_WATER, command_port, make_engine, open_backend
-from pd.runner.worker import Worker
-from pd.transfer.digest import DIGEST_NAME, DigestGeometry, digest_blocks
+from pd.transfer.digest import DIGEST_NAME
 from pd.transfer.engine import TransferEngine
-from pd.types import BlockShape, ModelInfo, Role
+from pd.types import Role
 
 if TYPE_CHECKING:
     from pd.process import ChildContext
@@ -45,15 +41,9 @@ SEND_TIMEOUT = 10.0
 #: Seconds that RunnerFailed may spend on its way when the process ends.
 LINGER = 1.0
 
-#: Seconds between two lines of loading progress.
-PROGRESS_INTERVAL = 2.0
-
 #: Where computing and copying take the same cores as the processes that decide and answer, those go first. Measured
 #: on two busy cores: the scheduler's loop is late by p99 4.5 ms instead of 6.2.
 CPU_NICE = 5
-
-#: Models with fewer bytes of weights compute faster on one thread than on several that wait for each other.
-SMALL_MODEL = 256 << 20
 
 
 class Alarm:
@@ -76,11 +66,20 @@ class Alarm:
         os.close(self.fd)
 
 
+class Steps(Protocol):
+    """A worker: `launch` as orders come, `finish` once for each step that has ended."""
+
+    def launch(self, order: StepOrder) -> None: ...
+
+    def finish(self) -> StepDone: ...
+
+
 @dataclass(frozen=True)
 class Runner:
     """What start-up made."""
 
-    worker: Worker
+    worker: Steps
+    ends: StepEnds
     ready: RunnerReady
     grammars: Grammars
 
@@ -127,8 +126,7 @@ def build(
     log: Callable[..., None],
 ) -> Runner:
     """Everything that a runner needs before its first order. `resources` closes what this opens."""
-    if config.model.device == "cuda":
-        raise ConfigError("--device", "cuda: this runner computes on the CPU only", "use --device cpu")
+    device = open_device(config)
     info = check_model(
         config.model.model,
         dtype=config.model.dtype,
@@ -136,36 +134,28 @@ def build(
         context_length=config.model.context_length,
         supported=plugins.models(),
         tokenizer=False,
+        dummy=config.model.load_format == "dummy",
     )
     grammars = Grammars(info.path, info.vocab_size, info.eos_token_ids)
     resources.callback(grammars.close)
-    model = _load(config, info, plugins, log)
-    memory = HostMemory()
+    ends = StepEnds(alarm.ring)
+    resources.callback(ends.close)
+    device.load(info, plugins.models(), log)
     backend: TransferBackend | None = None
     if config.role != Role.UNIFIED.value:
-        backend = open_backend(config, plugins.backends(), memory, log)
-    pool = _make_pool(config, info, backend)
+        backend = open_backend(config, plugins.backends(), device.memory, log)
+    pool = device.make_pool(info, backend)
     engine: TransferEngine | None = None
     if backend is not None:
-        engine = make_engine(config, backend, pool.region, pool.shape, memory, alarm.ring)
+        engine = make_engine(config, backend, pool.region, pool.shape, device.memory, alarm.ring)
         resources.callback(engine.close)
-    geometry = DigestGeometry(pool.shape)
-    worker = Worker(
-        model,
-        pool,
-        vocab_size=info.vocab_size,
-        rank=config.rank,
-        digest=lambda ids, tokens: digest_blocks(pool.bytes, pool.shape.nbytes, ids, tokens, geometry),
-        push=engine.push if engine is not None else None,
-        grammars=grammars,
-    )
-    worker.warm_up()
     log(
         "kv pool",
         blocks=pool.num_blocks,
         tokens=(pool.num_blocks - 1) * pool.shape.tokens,
-        mib=_mib(pool.region.nbytes),
+        mib=mib(pool.region.nbytes),
     )
+    worker = device.make_worker(info, engine.push if engine is not None else None, grammars, ends, log)
     ready = RunnerReady(
         rank=config.rank,
         num_blocks=pool.num_blocks,
@@ -179,7 +169,7 @@ def build(
     )
     if engine is not None:
         engine.start(command_port(sockets, config.transfer_endpoint))
-    return Runner(worker, ready, grammars)
+    return Runner(worker, ends, ready, grammars)
 
 
 def serve(
@@ -191,12 +181,18 @@ def serve(
 ) -> None:
     """Execute orders as they come; returns when a stop is requested."""
     poller = zmq.Poller()
-    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd):
+    ends, pushing = runner.ends, deque[bool]()
+    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd, ends.fd):
         poller.register(source, zmq.POLLIN)
     while not context.stop_requested():
         alarm.check()
         for compiled in runner.grammars.take_compiled():
             channel.send(compiled, SEND_TIMEOUT)
+        while ends.take():
+            done = runner.worker.finish()
+            if pushing.popleft() and faults is not None:  # they are on their way, and nobody knows yet
+                faults.reached("push")
+            channel.send(done, SEND_TIMEOUT)
         order = channel.recv(0)
         if order is None:
             poller.poll()
@@ -205,47 +201,8 @@ def serve(
         else:
             if faults is not None:
                 faults.reached("step")
-            done = runner.worker.step(order)
-            if faults is not None and order.pushes:  # they are on their way, and nobody knows yet
-                faults.reached("push")
-            channel.send(done, SEND_TIMEOUT)
-
-
-def _load(config: RunnerConfig, info: ModelInfo, plugins: Plugins, log: Callable[..., None]) -> Model:
-    nbytes = sum(size for _, size in read_checkpoint(info.path).files.values())
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
-    elif nbytes < SMALL_MODEL:
-        torch.set_num_threads(1)
-    log("loading model", model=info.name, architecture=info.architecture, dtype=info.dtype, mib=_mib(nbytes))
-    started = reported = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal reported
-        if time.monotonic() - reported > PROGRESS_INTERVAL:
-            reported = time.monotonic()
-            log("loading model", tensors=f"{done}/{total}")
-
-    model = load_model(info, plugins.models(), progress=progress)
-    log("model loaded", seconds=round(time.monotonic() - started, 2), threads=torch.get_num_threads())
-    return model
-
-
-def _make_pool(config: RunnerConfig, info: ModelInfo, backend: TransferBackend | None) -> KvPool:
-    dtype = TORCH_DTYPES[info.dtype]
-    shape = BlockShape(config.cache.page_size, info.num_kv_heads, info.num_layers, info.head_dim, dtype.itemsize)
-    blocks = count_blocks(
-        shape,
-        max_total_tokens=config.cache.max_total_tokens,
-        fraction=config.cache.mem_fraction_static,
-        free_bytes=free_memory(),
-    )
-    region = allocate_region(blocks * shape.nbytes, backend.allocate if backend is not None else None)
-    return KvPool(region, shape, blocks, dtype)
-
-
-def _mib(nbytes: int) -> float:
-    return round(nbytes / 2**20, 1)
+            pushing.append(bool(order.pushes))
+            runner.worker.launch(order)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
-"""Reads a checkpoint's tensors: memory-mapped, converted to the model's dtype, copied once into place."""
+"""A model's tensors: a checkpoint's, memory-mapped, converted to the model's dtype, copied once into place; or random ones."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,3 +61,27 @@ class CheckpointWeights:
             self._files[entry.file] = safe_open(os.path.join(path, entry.file), framework="pt", device="cpu")
         tensor: torch.Tensor = self._files[entry.file].get_tensor(name)
         return tensor
+
+
+class DummyWeights:
+    """`pd.models.registry.Weights` that are in no file: random, of the usual size, and the same for the same names.
+
+    So two instances have the same model. Norms (vectors) are about 1, everything else is normal with 0.02.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        return self.stack((name,), (shape,))
+
+    def stack(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        rows = sum(shape[0] for shape in shapes)
+        whole = torch.empty((rows, *shapes[0][1:]), dtype=self._dtype, device=self._device)
+        begin = 0
+        for name, shape in zip(names, shapes, strict=True):
+            generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+            vector = len(shape) == 1 and name.endswith("weight")
+            whole[begin : begin + shape[0]].normal_(float(vector), 0.02, generator=generator)
+            begin += shape[0]
+        return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -10,12 +11,13 @@ import numpy.typing as npt
 import torch
 
 from pd.errors import ProtocolError
-from pd.messages import Admit, FailedRow, LogprobRow, PromptRow, Push, StepDone, StepOrder
+from pd.messages import Admit, PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
 from pd.runner.grammar import Grammars
 from pd.runner.inputs import RequestTable, Row, StepInputs, build_inputs
 from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
+from pd.runner.results import step_done
 from pd.runner.sampler import Sampled, sample
 from pd.types import SamplingParams
 
@@ -40,10 +42,23 @@ class Worker:
         digest: DigestBlocks | None = None,
         push: Callable[[Push], None] | None = None,
         grammars: Grammars | None = None,
+        ended: Callable[[None], None] = lambda event: None,
     ) -> None:
+        """`ended` is told of each step that `launch` has computed."""
         self.table = RequestTable(pool.num_blocks)
         self._model, self._pool, self._vocab, self._rank = model, pool, vocab_size, rank
         self._digest, self._push, self._grammars = digest, push, grammars
+        self._results: deque[StepDone] = deque()
+        self._ended = ended
+
+    def launch(self, order: StepOrder) -> None:
+        """`step`, whose result `finish` returns: the runner's loop knows GPUs, which are not waited for."""
+        self._results.append(self.step(order))
+        self._ended(None)
+
+    def finish(self) -> StepDone:
+        """The oldest step's results."""
+        return self._results.popleft()
 
     @torch.inference_mode()
     def step(self, order: StepOrder) -> StepDone:
@@ -64,17 +79,8 @@ class Worker:
             self._advance(inputs.rows, sampled)
         digests = self._digests(order)
         self._start_pushes(order)
-        return self._done(order, inputs.rows, sampled, prompts, digests, started)
-
-    def warm_up(self) -> None:
-        """Take the first steps, which are slow, before anybody waits for them. Touches the scratch block only."""
-        key = -1
-        tokens = np.zeros(4, dtype=np.int32).tobytes()
-        admit = Admit(key, 0, tokens, 4, 0, b"", SamplingParams(temperature=1.0, top_p=0.9, logprobs=True))
-        row = np.array([key], dtype=np.int64).tobytes()
-        self.step(StepOrder(0, row, np.array([4], dtype=np.int32).tobytes(), b"\1", admit=[admit]))
-        self.step(StepOrder(0, row, np.array([1], dtype=np.int32).tobytes(), b"\1"))
-        self.table.apply(StepOrder(0, b"", b"", b"", release=[key]))
+        micros = int((time.perf_counter() - started) * 1e6)
+        return step_done(order, self._rank, inputs.rows, sampled, prompts, digests, micros)
 
     def _constrain(self, key: int) -> None:
         if self._grammars is None:
@@ -102,7 +108,7 @@ class Worker:
         sampled: list[Sampled | None] = [None] * len(inputs.rows)
         if wanted:
             last = torch.tensor([inputs.rows[index].start + inputs.rows[index].count - 1 for index in wanted])
-            logits = self._model.logits(hidden[last])
+            logits = self._model.logits(hidden[last]).float()
             requests = [inputs.rows[index].request for index in wanted]
             forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
             for index, result in zip(wanted, sample(requests, logits, forbidden), strict=True):
@@ -136,35 +142,3 @@ class Worker:
             if self._push is None:
                 raise ProtocolError("pushes", "this runner has no transfer engine")
             self._push(push)
-
-    def _done(
-        self,
-        order: StepOrder,
-        rows: list[Row],
-        sampled: list[Sampled | None],
-        prompts: list[PromptRow],
-        digests: bytes,
-        started: float,
-    ) -> StepDone:
-        tokens = [result.tokens if result is not None else [] for result in sampled]
-        return StepDone(
-            step=order.step,
-            rank=self._rank,
-            keys_i64=order.rows_i64,
-            epochs_i32=np.array([row.request.epoch for row in rows], dtype=np.int32).tobytes(),
-            counts_u8=bytes(len(some) for some in tokens),
-            tokens_i32=np.array([token for some in tokens for token in some], dtype=np.int32).tobytes(),
-            logprobs=[
-                LogprobRow(index, result.logprobs)
-                for index, result in enumerate(sampled)
-                if result is not None and result.logprobs is not None
-            ],
-            prompt_logprobs=prompts,
-            digests_u64=digests,
-            compute_us=int((time.perf_counter() - started) * 1e6),
-            failed=[
-                FailedRow(index, row.request.constraint.problem)
-                for index, row in enumerate(rows)
-                if row.sample and row.request.constraint is not None and row.request.constraint.problem
-            ],
-        )

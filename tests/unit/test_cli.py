@@ -59,9 +59,9 @@ def test_a_gpus_number_is_refused_on_a_machine_without_one(
     part = Part("pd.instance", result=7)
     monkeypatch.setitem(sys.modules, "pd.instance", part)
     line = ["serve", "/m", "--role", "decode", "--port", "30001", "--base-gpu-id", "1"]
-    monkeypatch.setattr("pd.cli._has_accelerator", lambda: True)
+    monkeypatch.setattr("pd.cli.has_accelerator", lambda: True)
     assert main(line) == 7 and part.config.model.base_gpu_id == 1
-    monkeypatch.setattr("pd.cli._has_accelerator", lambda: False)
+    monkeypatch.setattr("pd.cli.has_accelerator", lambda: False)
     assert main(line) == 2
     assert capsys.readouterr().err == "pd: --base-gpu-id: this machine has no GPU: the CPU computes; leave it out\n"
 

@@ -29,7 +29,7 @@ class Part(ModuleType):
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, Part]:
     """By command. This machine has no GPU, whatever it has."""
-    monkeypatch.setattr("pd.cli._has_accelerator", lambda: False)
+    monkeypatch.setattr("pd.cli.has_accelerator", lambda: False)
     found = {"serve": Part("pd.instance"), "route": Part("pd.router.service")}
     for part in found.values():
         monkeypatch.setitem(sys.modules, part.__name__, part)

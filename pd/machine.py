@@ -1,0 +1,15 @@
+"""What this machine has, as far as it can be seen without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def has_accelerator() -> bool:
+    """Whether the kernel shows one: NVIDIA's (under WSL2 /dev/dxg) or Ascend's."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg", "davinci[0-9]*"))
+
+
+def has_cuda_gpu() -> bool:
+    """Whether one of NVIDIA's is among them: what `--device auto` computes on."""
+    return any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "dxg"))

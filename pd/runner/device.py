@@ -1,0 +1,210 @@
+"""What a runner computes on: the CPU with torch's own operations, or one GPU with kernels and captured graphs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from pd.abc import DeviceMemory, TransferBackend
+from pd.errors import ConfigError
+from pd.messages import Push, StepDone, StepOrder
+from pd.models.checkpoint import read_checkpoint
+from pd.models.registry import Model
+from pd.runner.config import RunnerConfig
+from pd.runner.cuda_digest import PoolDigests
+from pd.runner.cuda_memory import CudaMemory
+from pd.runner.device_state import DeviceState
+from pd.runner.device_worker import DeviceWorker
+from pd.runner.ends import StepEnds
+from pd.runner.grammar import Grammars
+from pd.runner.graphs import DecodeGraphs
+from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, count_device_blocks, free_memory
+from pd.runner.loading import TORCH_DTYPES, load_model
+from pd.runner.memory import HostMemory
+from pd.runner.warm_up import warm_up
+from pd.runner.worker import Worker
+from pd.transfer.digest import DigestGeometry, digest_blocks
+from pd.types import BlockShape, ModelInfo
+
+#: Seconds between two lines of progress at start-up.
+PROGRESS_INTERVAL = 2.0
+
+#: Models with fewer bytes of weights compute faster on one thread than on several that wait for each other.
+SMALL_MODEL = 256 << 20
+
+#: Prompts of the first steps: one per way through a GPU's attention, and the longest that one step takes.
+WARM_PROMPTS = (4, 1024, 8192)
+
+Log = Callable[..., None]
+
+
+class StepWorker(Protocol):
+    def step(self, order: StepOrder) -> StepDone: ...
+
+    def launch(self, order: StepOrder) -> None: ...
+
+    def finish(self) -> StepDone: ...
+
+
+class Device(Protocol):
+    """Called in this order: `load`, `make_pool`, `make_worker`. `memory` is what the data plane reaches the pool by."""
+
+    memory: DeviceMemory
+
+    def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None: ...
+
+    def make_pool(self, info: ModelInfo, backend: TransferBackend | None) -> KvPool: ...
+
+    def make_worker(
+        self, info: ModelInfo, push: Callable[[Push], None] | None, grammars: Grammars, ends: StepEnds, log: Log
+    ) -> StepWorker: ...
+
+
+def open_device(config: RunnerConfig) -> Device:
+    """Raises ConfigError when it is not there."""
+    if config.model.device == "cpu":
+        return Cpu(config)
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "--device", "cuda: torch finds no GPU here", "use --device cpu, or install a build of torch with CUDA"
+        )
+    index = config.model.base_gpu_id + config.rank
+    if index >= torch.cuda.device_count():
+        raise ConfigError("--base-gpu-id", f"GPU {index}: {torch.cuda.device_count()} are visible here")
+    return Gpu(config, index)
+
+
+class Cpu:
+    def __init__(self, config: RunnerConfig) -> None:
+        self.memory = HostMemory()
+        self._config = config
+
+    def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
+        dummy = self._config.model.load_format == "dummy"
+        nbytes = 0 if dummy else sum(size for _, size in read_checkpoint(info.path).files.values())
+        if self._config.threads > 0:
+            torch.set_num_threads(self._config.threads)
+        elif nbytes < SMALL_MODEL:
+            torch.set_num_threads(1)
+        self._model = _load(info, builders, None, log, dummy=dummy)
+
+    def make_pool(self, info: ModelInfo, backend: TransferBackend | None) -> KvPool:
+        cache, shape = self._config.cache, block_shape(info, self._config.cache.page_size)
+        blocks = count_blocks(
+            shape,
+            max_total_tokens=cache.max_total_tokens,
+            fraction=cache.mem_fraction_static,
+            free_bytes=free_memory(),
+        )
+        region = allocate_region(blocks * shape.nbytes, backend.allocate if backend is not None else None)
+        self._pool = KvPool(region, shape, blocks, TORCH_DTYPES[info.dtype])
+        return self._pool
+
+    def make_worker(
+        self, info: ModelInfo, push: Callable[[Push], None] | None, grammars: Grammars, ends: StepEnds, log: Log
+    ) -> Worker:
+        pool, geometry = self._pool, DigestGeometry(self._pool.shape)
+        worker = Worker(
+            self._model,
+            pool,
+            vocab_size=info.vocab_size,
+            rank=self._config.rank,
+            digest=lambda ids, tokens: digest_blocks(pool.bytes, pool.shape.nbytes, ids, tokens, geometry),
+            push=push,
+            grammars=grammars,
+            ended=ends.launched,
+        )
+        warm_up(worker, 4)
+        return worker
+
+
+class Gpu:
+    def __init__(self, config: RunnerConfig, index: int) -> None:
+        self._config, self._device = config, torch.device("cuda", index)
+        torch.cuda.set_device(self._device)
+        self._free_before = torch.cuda.mem_get_info(self._device)[0]
+        self.memory = CudaMemory(index)
+
+    def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
+        model = self._config.model
+        self._model = _load(info, builders, self._device, log, dummy=model.load_format == "dummy")
+
+    def make_pool(self, info: ModelInfo, backend: TransferBackend | None) -> KvPool:
+        cache, shape = self._config.cache, block_shape(info, self._config.cache.page_size)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        blocks = count_device_blocks(
+            shape,
+            max_total_tokens=cache.max_total_tokens,
+            fraction=cache.mem_fraction_static,
+            free_before=self._free_before,
+            free_bytes=torch.cuda.mem_get_info(self._device)[0],
+        )
+        supply = backend.allocate if backend is not None else None
+        region = allocate_region(blocks * shape.nbytes, supply, str(self._device))
+        self._pool = KvPool(region, shape, blocks, TORCH_DTYPES[info.dtype])
+        return self._pool
+
+    def make_worker(
+        self, info: ModelInfo, push: Callable[[Push], None] | None, grammars: Grammars, ends: StepEnds, log: Log
+    ) -> DeviceWorker:
+        config, pool = self._config, self._pool
+        started = time.monotonic()
+        width = -(-info.context_length // pool.shape.tokens) + 1
+        # As many requests as decode at once, and prompts that a released one has not left yet.
+        state = DeviceState(2 * config.max_running, width, self._device)
+        worker = DeviceWorker(
+            self._model,
+            pool,
+            state,
+            vocab_size=info.vocab_size,
+            rank=config.rank,
+            digest=PoolDigests(pool.memory, DigestGeometry(pool.shape)),
+            push=push,
+            grammars=grammars,
+        )
+        for prompt in WARM_PROMPTS:
+            warm_up(worker, min(prompt, info.context_length - 2))
+        log("kernels compiled", seconds=round(time.monotonic() - started, 2))
+        graphs = None
+        if not config.model.disable_cuda_graph:
+            started = time.monotonic()
+            largest = min(config.model.cuda_graph_max_bs, config.max_running)
+            with torch.inference_mode():
+                graphs = DecodeGraphs(self._model, pool, state.state, largest, _Progress(log, "capturing graphs"))
+            log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
+        worker.start(graphs, ends.launched)
+        return worker
+
+
+class _Progress:
+    """Logs how far something is, not more often than PROGRESS_INTERVAL."""
+
+    def __init__(self, log: Log, what: str) -> None:
+        self._log, self._what, self._reported = log, what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._reported > PROGRESS_INTERVAL:
+            self._reported = time.monotonic()
+            self._log(self._what, done=f"{done}/{total}")
+
+
+def _load(
+    info: ModelInfo, builders: Mapping[str, str], device: torch.device | None, log: Log, *, dummy: bool
+) -> Model:
+    log("loading model", model=info.name, architecture=info.architecture, dtype=info.dtype, dummy=dummy)
+    started = time.monotonic()
+    model = load_model(info, builders, device=device, progress=_Progress(log, "loading model"), dummy=dummy)
+    log("model loaded", seconds=round(time.monotonic() - started, 2), threads=torch.get_num_threads())
+    return model
+
+
+def block_shape(info: ModelInfo, page_size: int) -> BlockShape:
+    return BlockShape(page_size, info.num_kv_heads, info.num_layers, info.head_dim, TORCH_DTYPES[info.dtype].itemsize)
+
+
+def mib(nbytes: int) -> float:
+    return round(nbytes / 2**20, 1)

@@ -1,0 +1,145 @@
+"""A step's arrays for the device: packed on the host, brought there by one copy, seen as the tensors that ops take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pd.kernels.attention import DeviceBatch, PromptRow, prompt_tiles
+from pd.kernels.step_rows import StepRows
+from pd.runner.inputs import Int32, Row
+
+#: Token of a decode row that only the device knows yet.
+UNKNOWN = -1
+
+#: Fields begin at multiples of so many words, for wide accesses.
+_ALIGN = 32
+
+
+class Packed:
+    """int32 fields of given lengths, one after the other in one buffer."""
+
+    def __init__(self, lengths: Mapping[str, int]) -> None:
+        self._places: dict[str, slice] = {}
+        self.words = 0
+        for name, length in lengths.items():
+            self._places[name] = slice(self.words, self.words + length)
+            self.words += -(-length // _ALIGN) * _ALIGN
+
+    def of(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: buffer[place] for name, place in self._places.items()}
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """Views of one device buffer: the rows, and which of their tokens are sampled for which slots."""
+
+    rows: StepRows
+    sample_rows: torch.Tensor  # int32[S]: places in the flat batch
+    sample_slots: torch.Tensor
+    sample_lengths: torch.Tensor
+    starts: torch.Tensor | None
+    tiles: torch.Tensor | None
+    prompts: tuple[PromptRow, ...]
+
+    def batch(self) -> DeviceBatch:
+        rows = self.rows
+        return DeviceBatch(
+            positions=rows.positions,
+            blocks=rows.blocks,
+            offsets=rows.offsets,
+            tables=rows.tables,
+            lengths=rows.lengths,
+            decode=rows.decode,
+            prompts=self.prompts,
+            starts=self.starts,
+            tiles=self.tiles,
+        )
+
+
+def row_fields(rows: int, tokens: int) -> dict[str, int]:
+    """Lengths of the fields of `StepRows`."""
+    return dict.fromkeys(("slots", "lengths", "grown"), rows) | dict.fromkeys(
+        ("tokens", "positions", "blocks", "offsets"), tokens
+    )
+
+
+def view_rows(fields: Mapping[str, torch.Tensor], tables: torch.Tensor, decode: int) -> StepRows:
+    names = ("slots", "lengths", "grown", "tokens", "positions", "blocks", "offsets")
+    return StepRows(**{name: fields[name] for name in names}, tables=tables, decode=decode)
+
+
+def fill_rows(host: Mapping[str, Int32], rows: Sequence[Row], grown: Mapping[int, int], scratch: int) -> None:
+    """The rows' own fields; places beyond them fill up a captured batch. `grown`: row -> its new block."""
+    count = len(rows)
+    host["slots"][:count] = [row.request.slot for row in rows]
+    host["slots"][count:] = scratch
+    host["lengths"][:count] = [row.end for row in rows]
+    host["lengths"][count:] = 0
+    host["grown"][:] = -1
+    for index, block in grown.items():
+        host["grown"][index] = block
+
+
+def fill_decode(host: Mapping[str, Int32], rows: Sequence[Row]) -> None:
+    count = len(rows)
+    host["tokens"][:count] = [row.request.tokens.last for row in rows]
+    host["positions"][:count] = [row.first for row in rows]
+
+
+def fill_prompts(host: Mapping[str, Int32], rows: Sequence[Row], page_size: int) -> None:
+    for row in rows:
+        part = slice(row.start, row.start + row.count)
+        positions = np.arange(row.first, row.end, dtype=np.int32)
+        pages = positions // page_size
+        table = row.request.blocks.view
+        known = pages < len(table)
+        host["tokens"][part] = row.request.tokens.view[row.first : row.end]
+        host["positions"][part] = positions
+        host["blocks"][part] = 0
+        host["blocks"][part][known] = table[pages[known]]
+        host["offsets"][part] = positions % page_size
+
+
+class InputBuilder:
+    """Packs steps that are not captured."""
+
+    def __init__(self, page_size: int, scratch: int, device: torch.device) -> None:
+        self._page, self._scratch, self._device = page_size, scratch, device
+
+    def build(self, rows: Sequence[Row], decode: int, grown: Mapping[int, int]) -> StepArrays:
+        """`rows`: the first `decode` of one token each, in the order's order."""
+        tokens = rows[-1].start + rows[-1].count
+        prompts = tuple(PromptRow(row.start, row.count, row.end) for row in rows[decode:])
+        tiles = prompt_tiles(prompts) if prompts else np.empty(0, dtype=np.int32)
+        wanted = [row for row in rows if row.sample]
+        packed = Packed(
+            row_fields(len(rows), tokens)
+            | dict.fromkeys(("sample_rows", "sample_slots", "sample_lengths"), len(wanted))
+            | {"starts": len(prompts) + 1, "tiles": tiles.size}
+        )
+        memory = torch.empty(packed.words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        host = {name: field.numpy() for name, field in packed.of(memory).items()}
+        fill_rows(host, rows, grown, self._scratch)
+        fill_decode(host, rows[:decode])
+        fill_prompts(host, rows[decode:], self._page)
+        host["sample_rows"][:] = [row.start + row.count - 1 for row in wanted]
+        host["sample_slots"][:] = [row.request.slot for row in wanted]
+        host["sample_lengths"][:] = [row.end for row in wanted]
+        host["starts"][:] = [row.start for row in prompts] + [tokens]
+        host["tiles"][:] = tiles.reshape(-1)
+        fields = packed.of(memory.to(self._device, non_blocking=True))
+        width = -(-max(row.end for row in rows) // self._page)
+        tables = torch.empty(len(rows), width, dtype=torch.int32, device=self._device)
+        return StepArrays(
+            view_rows(fields, tables, decode),
+            fields["sample_rows"],
+            fields["sample_slots"],
+            fields["sample_lengths"],
+            fields["starts"] if prompts else None,
+            fields["tiles"].view(tiles.shape) if prompts else None,
+            prompts,
+        )

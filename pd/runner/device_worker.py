@@ -1,0 +1,306 @@
+"""Executes step orders on a GPU: launched as they come, without waiting for the results of the one before."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pd.errors import ProtocolError
+from pd.kernels.sampling_device import sample_rows
+from pd.kernels.step_rows import gather_sampling, prepare_rows, store_last
+from pd.messages import PromptRow, Push, StepDone, StepOrder, TokenLogprobs
+from pd.models.registry import Model
+from pd.runner.device_inputs import UNKNOWN, InputBuilder
+from pd.runner.device_state import DeviceState, upload
+from pd.runner.grammar import Grammars
+from pd.runner.graphs import DecodeGraphs
+from pd.runner.inputs import Int32, Request, RequestTable, Row
+from pd.runner.kv_pool import KvPool
+from pd.runner.logprobs import prompt_logprobs
+from pd.runner.results import step_done
+from pd.runner.sampler import Sampled, needs_host, sample, wants_logprob, restricts
+
+#: (blocks, valid tokens) -> int64[n] on the device, launched behind the step that completes the blocks.
+LaunchDigests = Callable[[Int32, Int32], torch.Tensor]
+
+
+@dataclass
+class Launched:
+    """A step on its way. Its tokens are on the host once `resolve` returns."""
+
+    order: StepOrder
+    rows: list[Row]
+    wanted: list[int]  # the rows that sample
+    started: float
+    places: list[int] = field(default_factory=list)  # of the tokens to come, in their requests
+    sampled: dict[int, Sampled] = field(default_factory=dict)  # by row
+    prompts: list[PromptRow] = field(default_factory=list)
+    tokens: torch.Tensor | None = None  # int32[S], on the way to the host
+    logprobs: torch.Tensor | None = None
+    digests: torch.Tensor | None = None
+    event: torch.cuda.Event | None = None
+
+    def resolve(self) -> None:
+        """Wait for the device and tell the requests their tokens."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+        if self.tokens is None:
+            return
+        logprobs = self.logprobs.numpy() if self.logprobs is not None else None
+        for index, (row, token) in enumerate(zip(self.wanted, self.tokens.tolist(), strict=True)):
+            request = self.rows[row].request
+            request.tokens.set(self.places[index], token)
+            said = None
+            if logprobs is not None and wants_logprob(request.sampling):
+                said = TokenLogprobs(logprobs[index : index + 1].tobytes())
+            self.sampled[row] = Sampled([token], said)
+        self.tokens = None
+
+
+class DeviceWorker:
+    """`launch` may be called with order N+1 before `finish` has returned the results of N.
+
+    The device keeps each request's last token, so that only what needs tokens on the host waits for them: grammars,
+    penalties, biases, several choices, and logprobs of other tokens than the sampled one. `pushes` start when their
+    step is done. After an error the state is undefined.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: KvPool,
+        state: DeviceState,
+        *,
+        vocab_size: int,
+        rank: int = 0,
+        digest: LaunchDigests | None = None,
+        push: Callable[[Push], None] | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        self.table = RequestTable(pool.num_blocks)
+        self._model, self._pool, self._state, self._vocab, self._rank = model, pool, state, vocab_size, rank
+        self._digest, self._push, self._grammars = digest, push, grammars
+        self._graphs: DecodeGraphs | None = None
+        self._device = state.state.last.device
+        self._inputs = InputBuilder(pool.shape.tokens, state.state.scratch, self._device)
+        self._pending: deque[Launched] = deque()
+        self._tell: Callable[[torch.cuda.Event | None], None] = lambda event: None
+
+    def start(self, graphs: DecodeGraphs | None, launched: Callable[[torch.cuda.Event | None], None]) -> None:
+        """After the first steps. `launched` is told of each step the event that it ends with, None if it has ended."""
+        self._graphs, self._tell = graphs, launched
+
+    # --- orders ---
+
+    @torch.inference_mode()
+    def launch(self, order: StepOrder) -> None:
+        launched = Launched(order, [], [], time.perf_counter())
+        grown = self._apply(order)
+        rows = launched.rows = self.table.rows(order)
+        launched.wanted = [index for index, row in enumerate(rows) if row.sample]
+        if rows:
+            self._compute(launched, self._grown_rows(rows, grown))
+        self._launch_digests(launched)
+        if self._device.type == "cuda":
+            launched.event = torch.cuda.Event(blocking=True)
+            launched.event.record()
+        self._pending.append(launched)
+        self._tell(launched.event)
+
+    def finish(self) -> StepDone:
+        """Results of the oldest step that was launched; waits for it. What it pushes starts now."""
+        launched = self._pending.popleft()
+        launched.resolve()
+        order = launched.order
+        for push in order.pushes:
+            if self._push is None:
+                raise ProtocolError("pushes", "this runner has no transfer engine")
+            self._push(push)
+        sampled = [launched.sampled.get(index) for index in range(len(launched.rows))]
+        digests = launched.digests.numpy().tobytes() if launched.digests is not None else b""
+        micros = int((time.perf_counter() - launched.started) * 1e6)
+        return step_done(order, self._rank, launched.rows, sampled, launched.prompts, digests, micros)
+
+    def step(self, order: StepOrder) -> StepDone:
+        """`launch` and `finish`, where no other step is under way."""
+        self.launch(order)
+        return self.finish()
+
+    # --- state ---
+
+    def _apply(self, order: StepOrder) -> list[tuple[Request, int, int]]:
+        """Release, admit, grow, copy; returns growth as (request, place in its table, block)."""
+        for key in order.release:
+            request = self.table.requests.get(key)
+            if request is not None:
+                self._state.release(request)
+        self.table.apply(order)
+        self._state.admit([self.table.requests[admit.key] for admit in order.admit])
+        for admit in order.admit:
+            if admit.sampling.grammar:
+                self._constrain(admit.key)
+        for copy in order.copies:
+            blocks, size = self._pool.num_blocks, self._pool.shape.tokens
+            if not (0 <= copy.src < blocks and 0 <= copy.dst < blocks and 0 <= copy.tokens <= size):
+                raise ProtocolError("copies", f"{copy.tokens} tokens of block {copy.src} to {copy.dst}")
+            self._pool.copy(copy.src, copy.dst, copy.tokens)
+        return self._growth(order)
+
+    def _growth(self, order: StepOrder) -> list[tuple[Request, int, int]]:
+        """What `RequestTable.apply` has appended, from the last one of each request backwards."""
+        keys = np.frombuffer(order.grow_keys_i64, dtype=np.int64).tolist()
+        blocks = np.frombuffer(order.grow_blocks_i32, dtype=np.int32).tolist()
+        seen: dict[int, int] = {}
+        growth = []
+        for key, block in zip(reversed(keys), reversed(blocks), strict=True):
+            request = self.table.requests[key]
+            seen[key] = seen.get(key, 0) + 1
+            growth.append((request, len(request.blocks) - seen[key], block))
+        return growth
+
+    def _grown_rows(self, rows: Sequence[Row], growth: Sequence[tuple[Request, int, int]]) -> dict[int, int]:
+        """Row -> new block, where it is the block of a decode row's token; the others enter the tables now."""
+        if not growth:
+            return {}
+        size = self._pool.shape.tokens
+        decode = {row.request.key: index for index, row in enumerate(rows[: _decode_rows(rows)])}
+        grown: dict[int, int] = {}
+        for request, place, block in growth:
+            index = decode.get(request.key, -1)
+            if index >= 0 and rows[index].first // size == place:
+                grown[index] = block
+            else:
+                self._state.grow(request, place, block)
+        return grown
+
+    def _constrain(self, key: int) -> None:
+        if self._grammars is None:
+            raise ProtocolError("admit", f"request {key}: this runner has no grammars")
+        self._grammars.constrain(self.table.requests[key])
+
+    # --- computing ---
+
+    def _compute(self, launched: Launched, grown: Mapping[int, int]) -> None:
+        rows, wanted = launched.rows, launched.wanted
+        slow = any(needs_host(rows[index].request) for index in wanted)
+        logits, tokens, logprobs = None, None, None
+        if self._graphs is not None and len(rows) <= self._graphs.largest and _is_plain_decode(rows):
+            simple = not slow and not any(
+                restricts(row.request.sampling) or wants_logprob(row.request.sampling) for row in rows
+            )
+            captured = self._graphs.replay(rows, grown, simple)
+            logits, tokens = captured.logits[: len(rows)], captured.tokens
+            if tokens is not None:
+                tokens = tokens[: len(rows)]
+            elif not slow:
+                slots = upload(np.array([row.request.slot for row in rows], dtype=np.int32), self._device)
+                lengths = upload(np.array([row.end for row in rows], dtype=np.int32), self._device)
+                tokens, logprobs = self._sample(rows, logits, slots, lengths)
+        else:
+            arrays = self._inputs.build(rows, _decode_rows(rows), grown)
+            prepare_rows(self._state.state, arrays.rows, self._pool.shape.tokens)
+            hidden = self._model.forward(arrays.rows.tokens, arrays.batch(), self._pool.layers)
+            launched.prompts = self._prompt_logprobs(rows, hidden)
+            if wanted:
+                logits = self._model.logits(hidden.index_select(0, arrays.sample_rows))
+                if not slow:
+                    sampled = [rows[index] for index in wanted]
+                    tokens, logprobs = self._sample(sampled, logits, arrays.sample_slots, arrays.sample_lengths)
+        if wanted and slow:
+            assert logits is not None
+            self._sample_slowly(launched, logits)
+        self._advance(launched, tokens, logprobs)
+
+    def _sample(
+        self, rows: Sequence[Row], logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        state = self._state.state
+        tokens, logprobs = sample_rows(
+            logits,
+            gather_sampling(state, slots, lengths),
+            restricted=any(restricts(row.request.sampling) for row in rows),
+            logprobs=any(wants_logprob(row.request.sampling) for row in rows),
+        )
+        store_last(state, slots, tokens)
+        return tokens, logprobs
+
+    def _sample_slowly(self, launched: Launched, logits: torch.Tensor) -> None:
+        """What needs the tokens so far on the host: waits for the steps before this one."""
+        for earlier in self._pending:
+            earlier.resolve()
+        rows = [launched.rows[index] for index in launched.wanted]
+        if len(rows) < logits.shape[0]:  # a captured batch computes every row's
+            logits = logits[torch.tensor(launched.wanted, device=logits.device)]
+        requests = [row.request for row in rows]
+        forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
+        results = sample(requests, logits.float(), forbidden)
+        for index, result in zip(launched.wanted, results, strict=True):
+            launched.sampled[index] = result
+        store_last(
+            self._state.state,
+            upload(np.array([request.slot for request in requests], dtype=np.int32), self._device),
+            upload(np.array([result.tokens[0] for result in results], dtype=np.int32), self._device),
+        )
+
+    def _advance(self, launched: Launched, tokens: torch.Tensor | None, logprobs: torch.Tensor | None) -> None:
+        """The request goes on with its first choice; the scheduler admits the others as requests of their own."""
+        for row in launched.rows:
+            row.request.computed = row.end
+        for index in launched.wanted:
+            request = launched.rows[index].request
+            result = launched.sampled.get(index)
+            launched.places.append(len(request.tokens))
+            request.tokens.append(result.tokens[0] if result is not None else UNKNOWN)
+            request.choices = 1
+            if result is not None and request.constraint is not None:
+                request.constraint.advance(result.tokens[0])
+        if tokens is not None:
+            if len(launched.wanted) < tokens.shape[0]:  # a captured batch samples every row
+                chosen = torch.tensor(launched.wanted, device=tokens.device)
+                tokens = tokens[chosen]
+                logprobs = logprobs[chosen] if logprobs is not None else None
+            launched.tokens = self._to_host(tokens)
+            launched.logprobs = self._to_host(logprobs) if logprobs is not None else None
+
+    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
+        """On its way: complete when the step's event is."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._device.type == "cuda")
+        host.copy_(values, non_blocking=True)
+        return host
+
+    def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[PromptRow]:
+        result = []
+        for index, row in enumerate(rows):
+            if row.request.logprob_start >= 0:
+                part = hidden[row.start : row.start + row.count]
+                logprobs = prompt_logprobs(self._model, part, row, self._vocab)
+                if logprobs is not None:
+                    result.append(PromptRow(index, logprobs))
+        return result
+
+    def _launch_digests(self, launched: Launched) -> None:
+        order = launched.order
+        blocks = self.table.block_ids("complete_i32", order.complete_i32)
+        tokens = np.frombuffer(order.complete_tokens_i32, dtype=np.int32)
+        if len(blocks) != len(tokens):
+            raise ProtocolError("complete_tokens_i32", f"{len(tokens)} token counts for {len(blocks)} blocks")
+        if not len(blocks):
+            return
+        if self._digest is None:
+            raise ProtocolError("complete_i32", "this runner computes no digests")
+        launched.digests = self._to_host(self._digest(blocks, tokens))
+
+
+def _decode_rows(rows: Sequence[Row]) -> int:
+    """How many rows of one token come first."""
+    return next((index for index, row in enumerate(rows) if row.count > 1), len(rows))
+
+
+def _is_plain_decode(rows: Sequence[Row]) -> bool:
+    return all(row.count == 1 and not (row.request.logprob_start >= 0 and row.first < row.request.prompt_len) for row in rows)
