@@ -20,8 +20,8 @@ from typing import Any
 from pd import __version__
 from pd.config import RouteConfig, ServeConfig, UpConfig
 from pd.errors import ConfigError, PdError, PluginError
-from pd.plugins import PluginDescription, Plugins, load_plugins
 from pd.machine import has_accelerator
+from pd.plugins import PluginDescription, Plugins, load_plugins
 from pd.settings import Parser, add_settings, resolve, with_log_format
 
 Run = Callable[[argparse.Namespace], int]
@@ -30,6 +30,7 @@ _BENCHMARKS = {
     "serve": "load on a running server: throughput and latencies",
     "transfer": "KV blocks from one process to another through a transfer backend",
     "scheduler": "the scheduler's own cost per step",
+    "engine": "one GPU: decode steps, prefill, throughput, beside what its bandwidth and rates allow",
 }
 
 

@@ -17,6 +17,9 @@ PAIR = ("prefill", "decode")
 #: Those that answer requests.
 ANSWERING = ("decode", "unified")
 
+#: Prompt tokens per step, of one request and of all, where they are not set: what keeps the device busy and no longer.
+STEP_TOKENS = {"cpu": (512, 2048), "cuda": (8192, 8192)}
+
 
 def setting(
     default: Any,
@@ -160,7 +163,7 @@ def for_device(config: ServeConfig, accelerator: bool) -> ServeConfig:
     device = config.model.device
     if device == "auto":
         device = "cuda" if accelerator else "cpu"
-    chunk, step = (8192, 8192) if device == "cuda" else (512, 2048)
+    chunk, step = STEP_TOKENS[device]
     limits = config.scheduler
     return replace(
         config,

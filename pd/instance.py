@@ -194,7 +194,7 @@ class Plan:
     control_endpoint: str = ""
     http: tuple[str, int] = ("", 0)
 
-    def _endpoint(self, name: str) -> str:
+    def endpoint(self, name: str) -> str:
         return f"ipc://{self.folder / name}"
 
     def _spec(self, name: str, target: str, config: Any, silence: float = 0.0) -> ChildSpec:
@@ -223,9 +223,9 @@ class Plan:
         )
         process = SchedulerProcessConfig(
             settings,
-            self._endpoint("api"),
-            self._endpoint("steps"),
-            self._endpoint("transfer"),
+            self.endpoint("api"),
+            self.endpoint("steps"),
+            self.endpoint("transfer"),
             control_host=self.host,
             secret=config.control.cluster_secret,
             drain_timeout=config.http.drain_timeout,
@@ -239,8 +239,8 @@ class Plan:
         process = RunnerConfig(
             role=config.role,
             identity=f"{self.name}/{self.incarnation}/0",
-            step_endpoint=self._endpoint("steps"),
-            transfer_endpoint=self._endpoint("transfer"),
+            step_endpoint=self.endpoint("steps"),
+            transfer_endpoint=self.endpoint("transfer"),
             host=self.host,
             model=config.model,
             cache=config.cache,
@@ -259,7 +259,7 @@ class Plan:
         port = int(self.control_endpoint.rpartition(":")[2]) if self.control_endpoint else None
         process = ApiConfig(
             self.model,
-            self._endpoint("api"),
+            self.endpoint("api"),
             role=config.role,
             worker=worker,
             workers=workers,

@@ -9,7 +9,9 @@ import torch
 if TYPE_CHECKING:
     from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan
     from pd.kernels.rope import QkNorm
+    from pd.kernels.sampling_device import DeviceSampling
     from pd.kernels.spans import I64
+    from pd.kernels.step_rows import SlotState, StepRows
 
 #: Most float32 scores that one tile of prompt attention materialises: 4 MiB stay in the cache (measured: twice as fast
 #: as one tile of 32 MiB, and as fast as torch's fused attention).
@@ -180,7 +182,8 @@ def _signed(word: int) -> int:
 
 
 def prepare_rows(state: SlotState, rows: StepRows, page_size: int) -> None:
-    for row, (slot, length, new) in enumerate(zip(*(x.tolist() for x in (rows.slots, rows.lengths, rows.grown)))):
+    each = zip(rows.slots.tolist(), rows.lengths.tolist(), rows.grown.tolist(), strict=True)
+    for row, (slot, length, new) in enumerate(each):
         final = max(length - 1, 0) // page_size
         if new >= 0:
             state.tables[slot, final] = new

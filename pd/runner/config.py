@@ -12,8 +12,8 @@ class RunnerConfig:
     """`identity` names this incarnation and rank to peers. `host` is where its data plane listens.
 
     The endpoints are the scheduler's, `ipc://`; a unified instance needs no `transfer_endpoint`. `threads` 0 means one
-    for small models (more would only wait for each other) and torch's own number otherwise. `max_running`: most requests
-    at once. `fault` as `pd.faults` makes it.
+    for small models (more would only wait for each other) and torch's own number otherwise. `max_running` requests
+    at most are decoded at once. `fault` as `pd.faults` makes it.
     """
 
     role: str

@@ -192,9 +192,7 @@ class _Progress:
             self._log(self._what, done=f"{done}/{total}")
 
 
-def _load(
-    info: ModelInfo, builders: Mapping[str, str], device: torch.device | None, log: Log, *, dummy: bool
-) -> Model:
+def _load(info: ModelInfo, builders: Mapping[str, str], device: torch.device | None, log: Log, *, dummy: bool) -> Model:
     log("loading model", model=info.name, architecture=info.architecture, dtype=info.dtype, dummy=dummy)
     started = time.monotonic()
     model = load_model(info, builders, device=device, progress=_Progress(log, "loading model"), dummy=dummy)

@@ -23,7 +23,7 @@ from pd.runner.inputs import Int32, Request, RequestTable, Row
 from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
 from pd.runner.results import step_done
-from pd.runner.sampler import Sampled, needs_host, sample, wants_logprob, restricts
+from pd.runner.sampler import Sampled, needs_host, restricts, sample, wants_logprob
 
 #: (blocks, valid tokens) -> int64[n] on the device, launched behind the step that completes the blocks.
 LaunchDigests = Callable[[Int32, Int32], torch.Tensor]
@@ -303,4 +303,6 @@ def _decode_rows(rows: Sequence[Row]) -> int:
 
 
 def _is_plain_decode(rows: Sequence[Row]) -> bool:
-    return all(row.count == 1 and not (row.request.logprob_start >= 0 and row.first < row.request.prompt_len) for row in rows)
+    return all(
+        row.count == 1 and not (row.request.logprob_start >= 0 and row.first < row.request.prompt_len) for row in rows
+    )

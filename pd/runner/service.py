@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,8 +18,15 @@ from pd.faults import FaultPoints
 from pd.ipc.channel import SyncChannel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
-from pd.messages import GrammarCompile, RunnerFailed, RunnerReady, RunnerToScheduler, SchedulerToRunner, StepDone, StepOrder
-from pd.models.checkpoint import read_checkpoint
+from pd.messages import (
+    GrammarCompile,
+    RunnerFailed,
+    RunnerReady,
+    RunnerToScheduler,
+    SchedulerToRunner,
+    StepDone,
+    StepOrder,
+)
 from pd.models.info import check_model
 from pd.plugins import Plugins, load_plugins
 from pd.runner.config import RunnerConfig

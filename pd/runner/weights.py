@@ -1,4 +1,4 @@
-"""A model's tensors: a checkpoint's, memory-mapped, converted to the model's dtype, copied once into place; or random ones."""
+"""A model's tensors: read from a checkpoint (memory-mapped, converted, copied once into place), or random."""
 
 from __future__ import annotations
 

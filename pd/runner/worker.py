@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pd.errors import ProtocolError
-from pd.messages import Admit, PromptRow, Push, StepDone, StepOrder
+from pd.messages import PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
 from pd.runner.grammar import Grammars
 from pd.runner.inputs import RequestTable, Row, StepInputs, build_inputs
@@ -19,7 +19,6 @@ from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
 from pd.runner.results import step_done
 from pd.runner.sampler import Sampled, sample
-from pd.types import SamplingParams
 
 #: (blocks int32[n], valid tokens int32[n]) -> uint64[n]
 DigestBlocks = Callable[[npt.NDArray[np.int32], npt.NDArray[np.int32]], npt.NDArray[np.uint64]]

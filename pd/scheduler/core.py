@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pd.config import CacheConfig, ControlConfig, SchedulerConfig
+from pd.config import STEP_TOKENS, CacheConfig, ControlConfig, SchedulerConfig
 from pd.messages import Finish, Push, RunnerReady
 from pd.scheduler.actions import Action, Level, Log
 from pd.scheduler.batch import Batcher, BatchLimits
@@ -51,10 +51,18 @@ class SchedulerSettings:
     @property
     def step_prefill_tokens(self) -> int:
         """Prompt tokens per step: a decode instance protects its running decodes."""
-        limits = self.scheduler
         if self.role is Role.DECODE:
-            return min(limits.local_prefill_tokens, limits.max_prefill_tokens)
-        return limits.max_prefill_tokens
+            return min(self.scheduler.local_prefill_tokens, self.max_prefill_tokens)
+        return self.max_prefill_tokens
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        return self.scheduler.max_prefill_tokens or STEP_TOKENS["cpu"][1]
+
+    @property
+    def chunk(self) -> int:
+        """Prompt tokens of one request per step."""
+        return min(self.scheduler.chunked_prefill_size or STEP_TOKENS["cpu"][0], self.step_prefill_tokens)
 
 
 @dataclass
@@ -83,7 +91,7 @@ class Core:
             BatchLimits(
                 page_size=page,
                 max_running=limits.max_running_requests,
-                chunk=min(limits.chunked_prefill_size, settings.step_prefill_tokens),
+                chunk=settings.chunk,
                 prefill_tokens=settings.step_prefill_tokens,
                 reserve_blocks=limits.reserve_blocks,
                 digests=settings.role is Role.PREFILL,

@@ -100,7 +100,7 @@ class Reporter:
 
     def credit(self) -> int:
         """Prompt tokens that may still be asked of this instance: twice its step budget less what is queued."""
-        return max(0, 2 * self.core.settings.scheduler.max_prefill_tokens - self.core.waiting.tokens)
+        return max(0, 2 * self.core.settings.max_prefill_tokens - self.core.waiting.tokens)
 
     def publish(self, now: float, state: InstanceState, *, force: bool = False) -> None:
         load = self.load()
