@@ -1,16 +1,21 @@
-"""Drives a `pd.runner.worker.Worker` the way a scheduler does, with the bookkeeping that a test needs."""
+"""Drives a runner's worker the way a scheduler does, with the bookkeeping that a test needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from pd.messages import Admit, CopyBlock, StepDone, StepOrder
 from pd.models.dense import DENSE_ARCHITECTURES
 from pd.models.info import check_model
+from pd.models.registry import Model
+from pd.runner.device_state import DeviceState
+from pd.runner.device_worker import DeviceWorker
 from pd.runner.kv_pool import KvPool, allocate_region
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.worker import Worker
@@ -47,6 +52,21 @@ class Track:
     prompt_logprobs: dict[int, float] = field(default_factory=dict)
 
 
+#: What a Driver's worker is: the CPU's own, or the GPU's with the references of its kernels.
+KIND = ContextVar("kind", default="host")
+
+
+def make_worker(model: Model, pool: KvPool, info: ModelInfo, **options: Any) -> Worker | DeviceWorker:
+    if KIND.get() == "host":
+        return Worker(model, pool, vocab_size=info.vocab_size, **options)
+    width = -(-info.context_length // pool.shape.tokens) + 1
+    digest = options.pop("digest", None)
+    if digest is not None:
+        options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
+    state = DeviceState(64, width, torch.device("cpu"))
+    return DeviceWorker(model, pool, state, vocab_size=info.vocab_size, **options)
+
+
 class Driver:
     """One worker over a pool of `num_blocks` blocks of `page_size` tokens, filled with NaN so that stale KV shows."""
 
@@ -61,7 +81,7 @@ class Driver:
         self.pool = KvPool(allocate_region(num_blocks * self.shape.nbytes), self.shape, num_blocks, kind)
         self.pool.tensor.fill_(float("nan"))
         model = load_model(self.info, BUILDERS)
-        self.worker = Worker(model, self.pool, vocab_size=self.info.vocab_size, **worker)
+        self.worker = make_worker(model, self.pool, self.info, **worker)
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, num_blocks)).tolist())
         self.tracks: dict[int, Track] = {}
         self._admit: list[Admit] = []

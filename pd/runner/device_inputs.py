@@ -86,7 +86,7 @@ def fill_rows(host: Mapping[str, Int32], rows: Sequence[Row], grown: Mapping[int
 
 def fill_decode(host: Mapping[str, Int32], rows: Sequence[Row]) -> None:
     count = len(rows)
-    host["tokens"][:count] = [row.request.tokens.last for row in rows]
+    host["tokens"][:count] = [row.request.tokens.at(row.first) for row in rows]
     host["positions"][:count] = [row.first for row in rows]
 
 

@@ -43,9 +43,8 @@ class Growing:
     def view(self) -> Int32:
         return self._data[: self._length]
 
-    @property
-    def last(self) -> int:
-        return int(self._data[self._length - 1])
+    def at(self, index: int) -> int:
+        return int(self._data[index])
 
     def set(self, index: int, value: int) -> None:
         self._data[index] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pd.errors import ProtocolError
 from pd.messages import Admit, CopyBlock, Push, StepOrder
 from pd.types import SamplingParams
 from tests.oracle import Oracle, tiny_model
-from tests.worker_driver import GREEDY, Driver, Track, f32, i32
+from tests.worker_driver import GREEDY, KIND, Driver, Track, f32, i32
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -85,6 +86,14 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both workers; the GPU's computes with its kernels' references here."""
+    token = KIND.set(request.param)
+    yield request.param
+    KIND.reset(token)
 
 
 @pytest.fixture
