@@ -5,8 +5,9 @@
 Shapes are Llama-3.1-8B's, in bfloat16: hidden 4,096, 32 query and 8 kv heads, intermediate 14,336. Each op is captured
 in a CUDA graph many times in a row; `us` is what one takes in a replay, launched as a dependent (`PDL`: it starts while
 the one before it ends) and without, and by torch (the reference). `floor` is the time of its bytes, each read and
-written once, at the rate of a plain copy of 1 GiB in the same run; `ratio` is by that. What a few rows take is not
-bytes but latency: beside the floor of those, see `empty`, a kernel that only waits for its predecessor.
+written once, at the rate of a plain copy of 1 GiB in the same run; `ratio` is by that. A few rows cost latency, not
+bytes (and are in the cache, as they are in a model's step): compare with `empty`, a kernel that only waits for the one
+before it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ REPEATS = 7
 
 
 @triton.jit
-def empty_kernel(out, PDL: tl.constexpr):
+def empty_kernel(out, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -78,17 +80,12 @@ class Ops:
             return torch.randn(*shape, device="cuda").to(torch.bfloat16)
 
         heads = Q_HEADS + 2 * KV_HEADS
-        x, residual, weight, gate_up = (
-            bf16(rows, HIDDEN),
-            bf16(rows, HIDDEN),
-            bf16(HIDDEN),
-            bf16(rows, 2 * INTERMEDIATE),
-        )
+        x, residual, gate_up = bf16(rows, HIDDEN), bf16(rows, HIDDEN), bf16(rows, 2 * INTERMEDIATE)
+        weight = bf16(HIDDEN)
         qkv = bf16(rows, heads * head_dim)
         blocks = max(64, rows // BLOCK_TOKENS)
-        pool = torch.zeros(
-            blocks, KV_HEADS, LAYERS, 2, BLOCK_TOKENS, head_dim, dtype=torch.bfloat16, device="cuda"
-        )  # fmt: skip
+        shape = (blocks, KV_HEADS, LAYERS, 2, BLOCK_TOKENS, head_dim)
+        pool = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
         kv = LayerKv(pool[:, :, 1, 0], pool[:, :, 1, 1])
         place = torch.randperm(blocks * BLOCK_TOKENS, device="cuda")[:rows]
         positions = torch.randint(0, 8192, (rows,), device="cuda", dtype=torch.int32)
@@ -141,20 +138,17 @@ def main() -> None:
         word = torch.zeros(1, device="cuda")
         print(f"plain copy of 1 GiB: {rate / 1e9:.0f} GB/s; us in a graph:")
         for pdl in pdls:
-            empty = graph_seconds(lambda p=pdl: empty_kernel[(1,)](word, **launch_options(4, pdl=p)), 200)  # type: ignore[misc]
+            empty = graph_seconds(partial(empty_kernel[(1,)], word, **launch_options(4, pdl=pdl)), 200)
             print(f"empty{', PDL' if pdl else ''}: {empty * 1e6:.2f}")
-        print(
-            "op              rows |   floor |"
-            + "".join(f" {'PDL' if pdl else 'plain':>7} ratio |" for pdl in pdls)
-            + "   torch"
-        )
+        kinds = "".join(f" {'PDL' if pdl else 'plain':>7} ratio |" for pdl in pdls)
+        print(f"{'op':14s}  rows |   floor |{kinds}   torch")
         for rows in (int(one) for one in options.rows.split(",")):
             copies = 200 if rows <= 256 else 20
             for name, (moved, run, torchs) in Ops(rows, options.head_dim, options.qk_norm).all.items():
                 floor = moved / rate
                 line = f"{name:14s} {rows:5d} | {floor * 1e6:7.2f} |"
                 for pdl in pdls:
-                    took = graph_seconds(lambda r=run, p=pdl: r(p), copies)  # type: ignore[misc]
+                    took = graph_seconds(partial(run, pdl), copies)
                     line += f" {took * 1e6:7.2f} {floor / took:5.2f} |"
                 print(f"{line} {graph_seconds(torchs, max(copies // 10, 5)) * 1e6:7.2f}", flush=True)
 
