@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 
 from pd.kernels import reference
+from pd.kernels.launch import pdl_supported
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[T, 2 I] (gate, then up) -> silu(gate) * up, [T, I]."""
-    return reference.silu_mul(gate_up)
+    if not gate_up.is_cuda:
+        return reference.silu_mul(gate_up)
+    from pd.kernels.activation_triton import run_silu_mul
+
+    return run_silu_mul(gate_up, pdl_supported(gate_up.device))

@@ -5,15 +5,24 @@ from __future__ import annotations
 import torch
 
 from pd.kernels import reference
+from pd.kernels.launch import pdl_supported
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, H], weight [H] -> [T, H] in x's dtype; the mean square is taken in float32."""
-    return reference.rms_norm(x, weight, eps)
+    if not x.is_cuda:
+        return reference.rms_norm(x, weight, eps)
+    from pd.kernels.norm_triton import run_norm
+
+    return run_norm(x, None, weight, eps, pdl_supported(x.device))
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """residual + x, and its rms_norm: (normed [T, H], new residual [T, H]). `residual` is overwritten."""
-    return reference.add_rms_norm(x, residual, weight, eps)
+    if not x.is_cuda:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    from pd.kernels.norm_triton import run_norm
+
+    return run_norm(x, residual, weight, eps, pdl_supported(x.device)), residual

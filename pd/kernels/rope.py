@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from pd.kernels import reference
-from pd.kernels.attention import AttentionBatch, Heads, LayerKv
+from pd.kernels.attention import AttentionBatch, DeviceBatch, Heads, LayerKv
+from pd.kernels.launch import pdl_supported
 
 
 class QkNorm(NamedTuple):
@@ -21,11 +22,15 @@ class QkNorm(NamedTuple):
 def rope_tables(
     positions: torch.Tensor, inverse_frequencies: torch.Tensor, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions int64[T], inverse_frequencies float32[D/2] -> (cos, sin), float32[T, D/2]; once per step.
+    """positions int32 or int64[T], inverse_frequencies float32[D/2] -> (cos, sin), float32[T, D/2]; once per step.
 
     Both are multiplied by `scale` (YaRN's attention factor).
     """
-    return reference.rope_tables(positions, inverse_frequencies, scale)
+    if not positions.is_cuda:
+        return reference.rope_tables(positions, inverse_frequencies, scale)
+    from pd.kernels.rope_triton import run_rope_tables
+
+    return run_rope_tables(positions, inverse_frequencies, scale, pdl_supported(positions.device))
 
 
 def rope_write_kv(
@@ -33,7 +38,7 @@ def rope_write_kv(
     cos: torch.Tensor,
     sin: torch.Tensor,
     kv: LayerKv,
-    batch: AttentionBatch,
+    batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None = None,
 ) -> Heads:
     """Normalise (with `norm`) and rotate q and k of each token, store k and v at the token's slot, return q, k and v.
@@ -42,4 +47,8 @@ def rope_write_kv(
     is overwritten, and what is returned are views of it.
     Rotation is done in float32, halves apart (as in transformers' rotate_half), and stored in the cache's dtype.
     """
-    return Heads(*reference.rope_write_kv(qkv, cos, sin, kv, batch, norm))
+    if not qkv.is_cuda:
+        return Heads(*reference.rope_write_kv(qkv, cos, sin, kv, batch, norm))
+    from pd.kernels.rope_triton import run_rope_write
+
+    return Heads(*run_rope_write(qkv, cos, sin, kv, batch, norm, pdl_supported(qkv.device)))

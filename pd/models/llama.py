@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pd.kernels.activation import silu_mul
-from pd.kernels.attention import AttentionBatch, LayerKv, paged_attention
+from pd.kernels.attention import AttentionBatch, DeviceBatch, LayerKv, paged_attention
 from pd.kernels.norm import add_rms_norm, rms_norm
 from pd.kernels.rope import QkNorm, rope_tables, rope_write_kv
 from pd.models.dense import DenseConfig, dense_config, expected_tensors
@@ -50,7 +50,7 @@ class DenseDecoder:
         self._frequencies = inverse_frequencies(config.rope, config.head_dim, embedding.device)
         self._scale = config.head_dim**-0.5
 
-    def forward(self, tokens: torch.Tensor, batch: AttentionBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, batch: AttentionBatch | DeviceBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
         eps = self.config.rms_eps
         cos, sin = rope_tables(batch.positions, self._frequencies, self.config.rope.attention_factor)
         residual = torch.nn.functional.embedding(tokens, self._embedding)

@@ -12,7 +12,7 @@ from pd.types import ModelInfo
 if TYPE_CHECKING:
     import torch
 
-    from pd.kernels.attention import AttentionBatch, LayerKv
+    from pd.kernels.attention import AttentionBatch, DeviceBatch, LayerKv
 
 
 class Weights(Protocol):
@@ -28,8 +28,10 @@ class Weights(Protocol):
 class Model(Protocol):
     """One rank's part of a model. Stateless between calls: all memory is weights and the KV given to `forward`."""
 
-    def forward(self, tokens: torch.Tensor, batch: AttentionBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
-        """tokens int64[T] -> final hidden states [T, hidden]; writes the T tokens' keys and values into `kv`."""
+    def forward(
+        self, tokens: torch.Tensor, batch: AttentionBatch | DeviceBatch, kv: Sequence[LayerKv]
+    ) -> torch.Tensor:
+        """tokens int[T] -> final hidden states [T, hidden]; writes the T tokens' keys and values into `kv`."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden] -> [R, vocab], in the model's dtype or float32."""

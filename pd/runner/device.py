@@ -52,7 +52,8 @@ class StepWorker(Protocol):
 class Device(Protocol):
     """Called in this order: `load`, `make_pool`, `make_worker`. `memory` is what the data plane reaches the pool by."""
 
-    memory: DeviceMemory
+    @property
+    def memory(self) -> DeviceMemory: ...
 
     def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None: ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ class DecodeGraphs:
 
     def _capture(self, progress: Callable[[int, int], None]) -> None:
         """Largest first: the smaller ones live in the memory that it needed."""
-        memory: tuple[int, int] | None = None
+        memory: Any = None
         kinds = [(size, samples) for size in reversed(self._sizes) for samples in (True, False)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -104,7 +105,7 @@ class EngineClient:
         tokens = [self.prompt(length) for length in prompts]
         requests: dict[int, Answered] = {}
         wanted = sampling or SamplingParams(temperature=0.0)
-        wanted = SamplingParams(**{**_fields(wanted), "max_tokens": max_tokens, "ignore_eos": True})
+        wanted = msgspec.structs.replace(wanted, max_tokens=max_tokens, ignore_eos=True)
 
         def submit(indices: Iterable[int]) -> None:
             for index in indices:
@@ -131,7 +132,3 @@ class EngineClient:
                         left -= 1
                         submit(itertools.islice(waiting, 1))
         return list(requests.values())
-
-
-def _fields(sampling: SamplingParams) -> dict[str, object]:
-    return {name: getattr(sampling, name) for name in sampling.__struct_fields__}

@@ -182,8 +182,8 @@ def table(figures: Figures) -> Table:
         limit = figures.prefill_limit_tok_s[tokens]
         found.add_row(f"prefill {tokens}, tok/s", f"{rate:.0f}", f"{limit:.0f}", f"{rate / limit:.2f}")
     for tokens, ms in figures.ttft_ms.items():
-        limit = figures.prefill_limit_tok_s.get(tokens)
-        least = 1e3 * int(tokens) / limit if limit else None
+        bound = figures.prefill_limit_tok_s.get(tokens)
+        least = 1e3 * int(tokens) / bound if bound else None
         found.add_row(
             f"first token of {tokens}, ms",
             f"{ms:.1f}",
