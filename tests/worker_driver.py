@@ -147,7 +147,12 @@ class Driver:
         )
 
     def run(self, order: StepOrder) -> StepDone:
-        done = self.worker.step(order)
+        self.worker.launch(order)
+        return self.take(order)
+
+    def take(self, order: StepOrder) -> StepDone:
+        """The results of the oldest order that was launched: this one."""
+        done = self.worker.finish()
         assert done.step == order.step and done.keys_i64 == order.rows_i64
         keys = np.frombuffer(done.keys_i64, np.int64).tolist()
         tokens = iter(np.frombuffer(done.tokens_i32, np.int32).tolist())
