@@ -17,6 +17,14 @@ class LayerKv(NamedTuple):
     v: torch.Tensor
 
 
+class Heads(NamedTuple):
+    """The flat batch's rotated queries [T, Hq, D] and keys, and its values [T, Hkv, D] in one layer: strided views."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
 @dataclass(frozen=True)
 class DecodeGroup:
     """Rows of one token each whose contexts are of similar length.
@@ -54,10 +62,12 @@ class AttentionBatch:
     prompts: tuple[PromptSpan, ...]
 
 
-def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int = 0) -> torch.Tensor:
-    """q [T, Hq, D] -> [T, Hq * D] in q's dtype. Scores and softmax in float32. Query head h reads kv head h // G.
+def paged_attention(heads: Heads, kv: LayerKv, batch: AttentionBatch, scale: float, window: int = 0) -> torch.Tensor:
+    """Attention of heads.q [T, Hq, D]: [T, Hq * D] in its dtype. Query head h reads kv head h // G.
+
+    Keys and values are already in `kv` too. Scores and softmax are in float32.
 
     Every token attends to its own request's positions up to its own, with a `window` > 0 to the last `window` of these.
     What lies in a block beyond a request's tokens never matters, NaN included.
     """
-    return reference.paged_attention(q, kv, batch, scale, window)
+    return reference.paged_attention(heads.q, kv, batch, scale, window)

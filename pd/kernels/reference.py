@@ -43,7 +43,7 @@ def rope_tables(
 
 def rope_write_kv(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch, norm: QkNorm | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = qkv.shape[0]
     kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
     heads = qkv.view(tokens, -1, head_dim)
@@ -55,9 +55,10 @@ def rope_write_kv(
     first, second = qk.float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
-    kv.k[batch.blocks, :, batch.offsets] = rotated[:, -kv_heads:]
+    q, k = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
+    kv.k[batch.blocks, :, batch.offsets] = k
     kv.v[batch.blocks, :, batch.offsets] = v
-    return rotated[:, :-kv_heads]
+    return q, k, v
 
 
 def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int) -> torch.Tensor:

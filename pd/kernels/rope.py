@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from pd.kernels import reference
-from pd.kernels.attention import AttentionBatch, LayerKv
+from pd.kernels.attention import AttentionBatch, Heads, LayerKv
 
 
 class QkNorm(NamedTuple):
@@ -35,10 +35,11 @@ def rope_write_kv(
     kv: LayerKv,
     batch: AttentionBatch,
     norm: QkNorm | None = None,
-) -> torch.Tensor:
-    """Normalise (with `norm`) and rotate q and k of each token, store k and v at the token's slot, return q.
+) -> Heads:
+    """Normalise (with `norm`) and rotate q and k of each token, store k and v at the token's slot, return q, k and v.
 
-    qkv [T, (Hq + 2 Hkv) * D] is the fused projection's output (q heads, k heads, v heads); returns q [T, Hq, D].
+    qkv [T, (Hq + 2 Hkv) * D] is the fused projection's output (q heads, k heads, v heads). It is consumed: on a GPU it
+    is overwritten, and what is returned are views of it.
     Rotation is done in float32, halves apart (as in transformers' rotate_half), and stored in the cache's dtype.
     """
-    return reference.rope_write_kv(qkv, cos, sin, kv, batch, norm)
+    return Heads(*reference.rope_write_kv(qkv, cos, sin, kv, batch, norm))

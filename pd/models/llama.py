@@ -57,8 +57,8 @@ class DenseDecoder:
         normed = rms_norm(residual, self._layers[0].attention_norm, eps)
         following = [layer.attention_norm for layer in self._layers[1:]] + [self._norm]
         for layer, layer_kv, next_norm in zip(self._layers, kv, following, strict=True):
-            q = rope_write_kv(layer.qkv(normed), cos, sin, layer_kv, batch, layer.qk_norm)
-            mixed = layer.out(paged_attention(q, layer_kv, batch, self._scale, layer.window))
+            heads = rope_write_kv(layer.qkv(normed), cos, sin, layer_kv, batch, layer.qk_norm)
+            mixed = layer.out(paged_attention(heads, layer_kv, batch, self._scale, layer.window))
             normed, residual = add_rms_norm(mixed, residual, layer.mlp_norm, eps)
             mixed = layer.down(silu_mul(layer.gate_up(normed)))
             normed, residual = add_rms_norm(mixed, residual, next_norm, eps)

@@ -9,7 +9,7 @@ import torch
 
 from pd.kernels import reference
 from pd.kernels.activation import silu_mul
-from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan, paged_attention
+from pd.kernels.attention import AttentionBatch, DecodeGroup, Heads, LayerKv, PromptSpan, paged_attention
 from pd.kernels.norm import add_rms_norm, rms_norm
 from pd.kernels.rope import QkNorm, rope_tables, rope_write_kv
 
@@ -19,6 +19,11 @@ KV_HEADS, LAYERS, HEAD_DIM = 2, 3, 8
 def pool(blocks: int, tokens: int, fill: float) -> list[LayerKv]:
     whole = torch.full((blocks, KV_HEADS, LAYERS, 2, tokens, HEAD_DIM), fill)
     return [LayerKv(whole[:, :, layer, 0], whole[:, :, layer, 1]) for layer in range(LAYERS)]
+
+
+def queries_only(q: torch.Tensor) -> Heads:
+    """The reference reads keys and values from the cache alone."""
+    return Heads(q, q[:0], q[:0])
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int = 0) -> torch.Tensor:
@@ -68,7 +73,7 @@ def test_paged_attention_sees_exactly_its_own_requests_tokens(fill: float, block
     )
     unused = torch.empty(0, dtype=torch.int64)
     batch = AttentionBatch(unused, unused, unused, (group,), tuple(prompts))
-    out = paged_attention(torch.cat(queries), kv, batch, 0.3, window)
+    out = paged_attention(queries_only(torch.cat(queries)), kv, batch, 0.3, window)
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-6, rtol=1e-5)
 
 
@@ -82,9 +87,9 @@ def test_prompt_attention_is_the_same_in_tiles(monkeypatch: pytest.MonkeyPatch, 
     span = PromptSpan(0, 50, 70, torch.arange(1, 10))
     batch = AttentionBatch(unused, unused, unused, (), (span,))
     q = torch.randn(50, 4, HEAD_DIM)
-    whole = paged_attention(q, kv, batch, 0.2, window)
+    whole = paged_attention(queries_only(q), kv, batch, 0.2, window)
     monkeypatch.setattr(reference, "_SCORES_PER_TILE", 4 * 70 * 7)
-    torch.testing.assert_close(paged_attention(q, kv, batch, 0.2, window), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(paged_attention(queries_only(q), kv, batch, 0.2, window), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_gather_works_for_any_strides() -> None:
@@ -110,12 +115,14 @@ def test_rope_rotates_and_writes_each_token_to_its_slot() -> None:
     batch = AttentionBatch(positions, unused, torch.tensor([3, 1, 0]), (), ())
     frequencies = 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     qkv = torch.randn(3, (4 + 2 * KV_HEADS) * HEAD_DIM)
-    q = rope_write_kv(qkv, *rope_tables(positions, frequencies), kv, batch)
+    rotated = rope_write_kv(qkv.clone(), *rope_tables(positions, frequencies), kv, batch)
     heads = qkv.view(3, -1, HEAD_DIM)
     turned = torch.view_as_complex(torch.stack(heads[:, :6].chunk(2, -1), -1).contiguous())
     turned = torch.view_as_real(turned * torch.polar(torch.ones(3, 4), positions[:, None] * frequencies)[:, None])
     expected = torch.cat(turned.unbind(-1), -1)
-    torch.testing.assert_close(q, expected[:, :4], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(rotated.q, expected[:, :4], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(rotated.k, expected[:, 4:6], atol=2e-5, rtol=1e-5)
+    assert torch.equal(rotated.v, heads[:, 6:])
     for row, (block, offset) in enumerate([(2, 3), (1, 1), (3, 0)]):
         torch.testing.assert_close(kv.k[block, :, offset], expected[row, 4:], atol=2e-5, rtol=1e-5)
         assert torch.equal(kv.v[block, :, offset], heads[row, 6:])
@@ -129,12 +136,12 @@ def test_queries_and_keys_are_normalised_head_by_head_before_they_are_rotated() 
     tables = rope_tables(batch.positions, torch.tensor([1.0, 0.1, 0.01, 0.001]), 1.5)
     qkv = torch.randn(2, (4 + 2 * KV_HEADS) * HEAD_DIM)
     weights = torch.randn(2, HEAD_DIM)
-    q = rope_write_kv(qkv, *tables, normed, batch, QkNorm(weights[0], weights[1], 1e-5))
+    q = rope_write_kv(qkv.clone(), *tables, normed, batch, QkNorm(weights[0], weights[1], 1e-5)).q
     heads = qkv.view(2, -1, HEAD_DIM).double()
     heads[:, :6] /= (heads[:, :6].square().mean(-1, keepdim=True) + 1e-5).sqrt()
     heads[:, :4] *= weights[0]
     heads[:, 4:6] *= weights[1]
-    expected = rope_write_kv(heads.float().flatten(1), *tables, plain, batch)
+    expected = rope_write_kv(heads.float().flatten(1), *tables, plain, batch).q
     torch.testing.assert_close(q, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(normed.k, plain.k, atol=1e-5, rtol=1e-5)
     assert torch.equal(normed.v[1, :, 2], qkv.view(2, -1, HEAD_DIM)[1, 6:])
