@@ -62,7 +62,42 @@ class AttentionBatch:
     prompts: tuple[PromptSpan, ...]
 
 
-def paged_attention(heads: Heads, kv: LayerKv, batch: AttentionBatch, scale: float, window: int = 0) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """A prompt row of a batch on a GPU: `count` tokens from flat row `start`; the last one attends to `context`."""
+
+    start: int
+    count: int
+    context: int
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A step's batch on a GPU. Rows of one token come first, `decode` of them; then prompt rows.
+
+    `positions`, `blocks`, `offsets` int32[T]: as in AttentionBatch. `tables` int32[R, W]: each row's block ids; those
+    beyond what it needs may be any that exist, and rows may be further than W apart. `lengths` int32[R]: tokens that a
+    row attends to, its own included; 0 for a row that only fills a bucket. `starts` and `tiles` describe `prompts`, if
+    there are any, to the device: `starts` int32[len(prompts) + 1], the flat row of each one's first token and the last
+    one's end; `tiles`, what `prompt_tiles` makes. `arrivals` int32[decode * kv heads or more], zero before and after
+    every use, saves decode attention a launch; it may serve all batches that run one after the other.
+    """
+
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    decode: int
+    prompts: tuple[PromptRow, ...] = ()
+    starts: torch.Tensor | None = None
+    tiles: torch.Tensor | None = None
+    arrivals: torch.Tensor | None = None
+
+
+def paged_attention(
+    heads: Heads, kv: LayerKv, batch: AttentionBatch | DeviceBatch, scale: float, window: int = 0
+) -> torch.Tensor:
     """Attention of heads.q [T, Hq, D]: [T, Hq * D] in its dtype. Query head h reads kv head h // G.
 
     Keys and values are already in `kv` too. Scores and softmax are in float32.
@@ -70,4 +105,10 @@ def paged_attention(heads: Heads, kv: LayerKv, batch: AttentionBatch, scale: flo
     Every token attends to its own request's positions up to its own, with a `window` > 0 to the last `window` of these.
     What lies in a block beyond a request's tokens never matters, NaN included.
     """
-    return reference.paged_attention(heads.q, kv, batch, scale, window)
+    if isinstance(batch, AttentionBatch):
+        return reference.paged_attention(heads.q, kv, batch, scale, window)
+    if heads.q.is_cuda:
+        from pd.kernels.attention_device import paged_attention as on_device
+
+        return on_device(heads, kv, batch, scale, window)
+    return reference.paged_attention_device(heads, kv, batch, scale, window)

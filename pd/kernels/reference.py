@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from pd.kernels.attention import AttentionBatch, DecodeGroup, LayerKv, PromptSpan
+    from pd.kernels.attention import AttentionBatch, DecodeGroup, DeviceBatch, Heads, LayerKv
     from pd.kernels.rope import QkNorm
     from pd.kernels.spans import I64
 
@@ -67,7 +67,20 @@ def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: 
         out[group.rows] = _decode(q[group.rows], kv, group, scale, window).to(q.dtype)
     for span in batch.prompts:
         part = slice(span.start, span.start + span.count)
-        _prompt(q[part], out[part], kv, span, scale, window)
+        _prompt(q[part], out[part], kv, span.table, span.context, scale, window)
+    return out.flatten(1)
+
+
+def paged_attention_device(heads: Heads, kv: LayerKv, batch: DeviceBatch, scale: float, window: int) -> torch.Tensor:
+    """Of any device's batch, row by row. Waits for the device (the rows' lengths), so it cannot be captured."""
+    q, tables, lengths = heads.q, batch.tables.long(), batch.lengths.tolist()
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    rows = [(row, 1, lengths[row]) for row in range(batch.decode)]
+    rows += [(prompt.start, prompt.count, prompt.context) for prompt in batch.prompts]
+    for table, (start, count, context) in zip(tables, rows, strict=True):
+        if context:
+            part = slice(start, start + count)
+            _prompt(q[part], out[part], kv, table[: -(-context // kv.k.shape[2])], context, scale, window)
     return out.flatten(1)
 
 
@@ -117,18 +130,20 @@ def _in_window(group: DecodeGroup, tokens: int, window: int) -> tuple[torch.Tens
     return group.tables.gather(1, index.clamp_(max=width - 1)), begin * tokens
 
 
-def _prompt(q: torch.Tensor, out: torch.Tensor, kv: LayerKv, span: PromptSpan, scale: float, window: int) -> None:
-    """q, out [n, Hq, D]: the last n of the span's `context` tokens, tile by tile of queries."""
+def _prompt(
+    q: torch.Tensor, out: torch.Tensor, kv: LayerKv, table: torch.Tensor, context: int, scale: float, window: int
+) -> None:
+    """q, out [n, Hq, D]: the last n of the `context` tokens in the blocks of `table`, tile by tile of queries."""
     count, heads = q.shape[:2]
-    before = span.context - count  # the first query's position
+    before = context - count  # the first query's position
     block_tokens = kv.k.shape[2]
     skipped = max(0, before + 1 - window) // block_tokens if window else 0  # blocks that no query sees
     base = skipped * block_tokens
-    table = span.table[None, skipped:]
-    k = _gather(kv.k, table)[0, :, : span.context - base].float()
-    v = _gather(kv.v, table)[0, :, : span.context - base].float()
+    tables = table[None, skipped:]
+    k = _gather(kv.k, tables)[0, :, : context - base].float()
+    v = _gather(kv.v, tables)[0, :, : context - base].float()
     kv_heads, _, head_dim = k.shape
-    tile = max(1, _SCORES_PER_TILE // (heads * (span.context - base)))
+    tile = max(1, _SCORES_PER_TILE // (heads * (context - base)))
     for begin in range(0, count, tile):
         size = min(tile, count - begin)
         end = before + begin + size - base  # keys from 0 to here are seen by this tile's last query
