@@ -62,7 +62,8 @@ class AttentionBatch:
     prompts: tuple[PromptSpan, ...]
 
 
-class PromptRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PromptRow:
     """A prompt row of a batch on a GPU: `count` tokens from flat row `start`; the last one attends to `context`."""
 
     start: int
@@ -111,8 +112,3 @@ def paged_attention(
 
         return on_device(heads, kv, batch, scale, window)
     return reference.paged_attention_device(heads, kv, batch, scale, window)
-
-
-def prompt_tiles(prompts):  # TEMPORARY
-    import numpy as np
-    return np.zeros((0, 2), dtype=np.int32)

@@ -78,7 +78,8 @@ def paged_attention_device(heads: Heads, kv: LayerKv, batch: DeviceBatch, scale:
     """Of any device's batch, row by row. Waits for the device (the rows' lengths), so it cannot be captured."""
     q, tables, lengths = heads.q, batch.tables.long(), batch.lengths.tolist()
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    rows = [(row, 1, lengths[row]) for row in range(batch.decode)] + list(batch.prompts)
+    rows = [(row, 1, lengths[row]) for row in range(batch.decode)]
+    rows += [(prompt.start, prompt.count, prompt.context) for prompt in batch.prompts]
     for table, (start, count, context) in zip(tables, rows, strict=True):
         if context:
             part = slice(start, start + count)

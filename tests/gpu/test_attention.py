@@ -1,0 +1,87 @@
+"""Attention over paged KV on the GPU against the reference, which computes in float32 from the same values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pd.kernels.attention import DeviceBatch, LayerKv, paged_attention
+from pd.kernels.attention_plan import DecodeSplit
+from pd.kernels.attention_triton import decode_attention
+from pd.kernels.reference import paged_attention_device
+from tests.kernels.attention_kit import Case, attention_case
+
+#: Absolute and relative: results are means of values of size 1. A unit in the last place of a 16-bit output, and as
+#: much again for weights that are rounded to 16 bits before they are multiplied.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SCALE = 0.125
+CONTEXTS = [(1, context) for context in (1, 0, 31, 32, 33, 64, 500, 1024, 1025, 8200, 0, 20_001)]
+
+
+def check(case: Case, out: torch.Tensor, window: int = 0) -> None:
+    heads, kv, batch = case
+    expected = paged_attention_device(heads, kv, batch, SCALE, window)
+    torch.testing.assert_close(out, expected, atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
+    assert batch.arrivals is None or not batch.arrivals.any(), "left as they were found"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [0, 1, 100, 4096])
+def test_decode_rows_see_their_own_tokens(dtype: torch.dtype, head_dim: int, window: int) -> None:
+    case = attention_case(CONTEXTS, group=4, kv_heads=8, head_dim=head_dim, page=32, dtype=dtype, device="cuda")
+    check(case, paged_attention(*case, SCALE, window), window)
+
+
+@pytest.mark.parametrize("arrivals", [True, False], ids=["the last part combines", "a kernel combines"])
+@pytest.mark.parametrize("parts", [1, 2, 7, 64])
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_decode_is_the_same_in_any_number_of_parts(page: int, parts: int, arrivals: bool) -> None:
+    case = attention_case(CONTEXTS, page=page, dtype=torch.bfloat16, device="cuda", arrivals=arrivals)
+    heads, kv, batch = case
+    out = torch.full_like(heads.q, float("nan"), memory_format=torch.contiguous_format).flatten(1)
+    for _ in range(3):  # what is counted on the device is ready for the next launch
+        decode_attention(heads.q, kv, batch, out, SCALE, 0, DecodeSplit(parts, 64))
+        check(case, out)
+        assert not out[batch.lengths == 0].any()
+
+
+@pytest.mark.parametrize(("group", "kv_heads"), [(1, 5), (7, 4), (8, 1), (20, 2)])
+def test_decode_takes_any_number_of_heads(group: int, kv_heads: int) -> None:
+    case = attention_case(CONTEXTS, group=group, kv_heads=kv_heads, dtype=torch.bfloat16, device="cuda")
+    check(case, paged_attention(*case, SCALE))
+
+
+def spread(case: Case, blocks: int) -> Case:
+    """The same with its blocks further apart than 32-bit offsets reach: the pool's last are `blocks` away."""
+    heads, kv, batch = case
+    count, *inner = kv.k.shape
+    pool = torch.zeros(blocks, 2, *inner, dtype=kv.k.dtype, device=kv.k.device)
+    pool[-count:, 0], pool[-count:, 1] = kv
+    tables = batch.tables + (blocks - count)
+    moved = DeviceBatch(**{**vars(batch), "tables": tables})
+    return Case(heads, LayerKv(pool[:, 0], pool[:, 1]), moved)
+
+
+def test_blocks_beyond_32_bits_of_offset_are_found() -> None:
+    """5.4 GB of pool: elements, not only bytes, beyond 2^31."""
+    rows = [(1, 700), (1, 90), (1, 3000)]
+    case = attention_case(rows, kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda")
+    far = spread(case, 41_000)
+    assert far.kv.k.stride(0) * 40_900 > 2**31
+    check(far, paged_attention(*far, SCALE))
+
+
+def test_a_captured_decode_step_follows_lengths_that_change() -> None:
+    """Also in a graph's private pool, with rows that come and go."""
+    case = attention_case(CONTEXTS, kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda")
+    batch, lengths = case.batch, case.batch.lengths.clone()
+    paged_attention(*case, SCALE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(*case, SCALE)
+    for part in (1.0, 0.5, 0.0, 0.9):
+        batch.lengths.copy_((lengths * part).int())
+        graph.replay()
+        check(case, out)

@@ -1,0 +1,68 @@
+"""Attention as the engine launches it for Llama-3.1-8B (bfloat16, blocks of 32 tokens), compiled for Hopper."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from pd.kernels.attention_triton import CHUNK, combine_parts, decode_config, decode_part
+from tests.kernels.aot import Compiled, compile_sm90
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TENSORS = ("q", "k", "v", "out")
+STRIDES = dict.fromkeys(("q_row", "q_head", "block_stride", "head_stride", "token_stride"), "i32:16")
+
+
+def compile_decode(
+    dtype: str = "bf16", head_dim: int = 128, absent: tuple[str, ...] = (), **constants: int
+) -> Compiled:
+    config = decode_config(DTYPES[dtype], head_dim)
+    signature = (
+        dict.fromkeys(TENSORS, f"*{dtype}:16")
+        | STRIDES
+        | {"partial": "*fp32:16", "scales": "*fp32:16", "arrivals": "*i32", "tables": "*i32", "lengths": "*i32"}
+        | {"table_stride": "i32", "scale": "fp32", "least": "i32"}
+    )
+    shape = {"GROUP": 4, "DIM": head_dim, "PAGE": 32, "STEP": config.step, "WINDOW": 0, "CHUNK": CHUNK}
+    precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    return compile_sm90(
+        decode_part, signature, shape | precision | constants | dict.fromkeys(absent), config.warps, config.stages
+    )
+
+
+@pytest.mark.parametrize("absent", [(), ("arrivals",), ("partial", "scales", "arrivals")], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decode_uses_tensor_cores_and_leaves_room_for_five_programs(head_dim: int, absent: tuple[str, ...]) -> None:
+    compiled = compile_decode(head_dim=head_dim, absent=absent)
+    compiled.check()
+    assert compiled.count("HMMA") > 0
+    assert compiled.count("LDGSTS.E.BYPASS.LTC128B.128") + compiled.count("LDGSTS.E.BYPASS.128") >= head_dim // 4
+    assert compiled.shared <= (227 << 10) // 5 and compiled.registers <= 65536 // (5 * 128)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"dtype": "fp16"},
+        {"dtype": "fp32"},
+        {"head_dim": 256},
+        {"head_dim": 96},
+        {"WINDOW": 4096},
+        {"GROUP": 7},
+        {"PAGE": 16},
+        {"PAGE": 128},
+        {"dtype": "fp32", "head_dim": 256},
+    ],
+    ids=str,
+)
+def test_decode_fits_for_other_models(variant: dict[str, int]) -> None:
+    compile_decode(**variant).check()  # type: ignore[arg-type]
+
+
+def test_the_combination_fits() -> None:
+    signature = dict.fromkeys(("partial", "scales"), "*fp32:16") | {"out": "*bf16:16", "lengths": "*i32"}
+    shape = {"GROUP": 4, "DIM": 128, "STEP": 64, "WINDOW": 0, "CHUNK": CHUNK}
+    compile_sm90(combine_parts, signature | {"splits": "i32", "least": "i32"}, shape).check()
