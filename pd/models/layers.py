@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pd.kernels.linear import linear
 from pd.models.rope import RopeConfig
 
 
@@ -18,7 +19,7 @@ class Linear:
     bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> torch.Tensor:

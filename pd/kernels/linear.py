@@ -1,0 +1,50 @@
+"""Linear projections: few rows by kernels that stream the weight, where those beat cuBLAS."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from pd.kernels.activation import silu_mul
+from pd.kernels.linear_configs import Config, config_for
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], weight [N, K], bias [N] or None -> x weight^T + bias, [T, N]."""
+    config = _config(x, weight, gated=False)
+    if config is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    from pd.kernels import linear_triton
+
+    return linear_triton.launch(x, weight, bias, config)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], weight [2 I, K] (gate, then up), bias [2 I] or None -> silu(gate) * up, [T, I]."""
+    config = _config(x, weight, gated=True)
+    if config is None:
+        return silu_mul(linear(x, weight, bias))
+    from pd.kernels import linear_triton
+
+    return linear_triton.launch(x, weight, bias, config, gated=True)
+
+
+def _config(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Config | None:
+    """The launch of a kernel; None where torch does it."""
+    if not x.is_cuda or x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+        return None
+    config = config_for(x.shape[0], weight.shape[0], weight.shape[1], gated)
+    if config is None or not (_is_hopper(x.device) and _accessible(x) and weight.is_contiguous()):
+        return None
+    return config
+
+
+def _accessible(x: torch.Tensor) -> bool:
+    """Rows of whole 32 bytes that start at a multiple of 16, as every access of 16 bytes and the copy engine need."""
+    return x.stride(1) == 1 and x.shape[1] % 16 == 0 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -1,0 +1,529 @@
+"""How fast the projections of Llama-3.1-8B read their weights at few rows, by launch configuration, beside cuBLAS.
+
+    python tests/bench/bench_linear.py [--seconds 180] [--rows 1,8,32,64,128,256] [--out linear.json]
+
+First every shape alone: a CUDA graph over copies of the weight that together exceed the L2, for many configurations of
+`linear_triton`, each checked against float32 and for being the same twice. Then the chain: 32 layers of qkv, o, gate-up
+and down, each reading what the one before wrote, with the best configurations, alone and with programmatic dependent
+launch. Processes compile ahead while the GPU measures. The table counts the bytes of the weights; the floor is those by
+FLOOR_TBPS. `--out` gets every measurement, also when time runs out: configurations are tried in a shuffled order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pd.kernels import linear_triton  # noqa: E402
+from pd.kernels.linear_configs import Config, Row, Stream  # noqa: E402
+
+#: N, K of the weight, whether SiLU of the first half times the second is made on the way.
+SHAPES = {
+    "qkv": (6144, 4096, False),
+    "o": (4096, 4096, False),
+    "gate_up": (28672, 4096, False),
+    "gated": (28672, 4096, True),
+    "down": (4096, 14336, False),
+    "lm_head": (128256, 4096, False),
+}
+LAYERS = 32
+CHAIN_ROWS = (1, 8, 32, 64, 128)
+FLOOR_TBPS = 4.19
+PROCESSORS = 132
+
+#: Bytes of weights that one replay of a graph reads, about.
+REPLAY_BYTES = 1.2e9
+#: Shared memory that a multiprocessor has for its programs, each of which takes 1 KiB more than it asks for.
+SHARED = 227 << 10
+#: Partial sums that a configuration may need.
+MOST_PARTIAL_BYTES = 48 << 20
+FEW = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration for one shape at some rows."""
+
+    shape: str
+    rows: int
+    config: Config
+
+    @property
+    def n_out(self) -> int:
+        n, _, gated = SHAPES[self.shape]
+        return n // 2 if gated else n
+
+    def variant(self) -> tuple[Any, ...]:
+        """Equal for jobs that run the same machine code."""
+        _, k, gated = SHAPES[self.shape]
+        if isinstance(self.config, Row):
+            return (self.config, k, gated)
+        bare = replace(self.config, per_sm=1, split=1, prefetch=0)
+        _, divided = linear_triton.shares(self.config, self.n_out, k, PROCESSORS)
+        even = self.n_out % bare.block_n == 0 and k % bare.block_k == 0
+        return (bare, padded(self.rows), divided, even, gated)
+
+
+def padded(rows: int) -> int:
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def shared_bytes(config: Stream, rows: int, gated: bool) -> int:
+    """Tiles in flight, and the sums as they are turned round to be stored."""
+    tiles = config.block_n * (2 if gated else 1) + padded(rows)
+    return config.stages * tiles * config.block_k * 2 + config.block_n * padded(rows) * 4 + 1024
+
+
+# Configurations to try
+
+
+def row_configs(k: int) -> Iterator[Row]:
+    for block_n, block_k, warps in product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)):
+        per_thread = block_n * block_k // (32 * warps)
+        if k % block_k == 0 and 16 <= per_thread <= 128:
+            yield Row(block_n, block_k, warps)
+
+
+def stream_tiles(rows: int, gated: bool) -> Iterator[tuple[Stream, int]]:
+    """Tiles with as many stages as leave room for 1 to 4 programs on a multiprocessor, and that number.
+
+    Together those have 48 to 200 KiB of the weight in flight.
+    """
+    sides = 2 if gated else 1
+    for block_n, block_k, warps, tma in product((64, 128, 256), (64, 128, 256, 512), (4, 8), (False, True)):
+        sums = sides * block_n * padded(rows) // (32 * warps)
+        tile = sides * block_n * block_k * 2
+        if sums > 128 or not 16 << 10 <= tile <= 64 << 10 or block_n < 16 * warps or (block_k == 512 and rows > 32):
+            continue
+        for together in (1, 2, 3, 4):
+            depths = [Stream(block_n, block_k, stages, warps, tma=tma) for stages in range(2, 9)]
+            fitting = [one for one in depths if together * (shared_bytes(one, rows, gated) + 1024) <= SHARED]
+            if fitting and 48 << 10 <= together * (fitting[-1].stages - 1) * tile:
+                yield fitting[-1], together
+
+
+def stream_configs(shape: str, rows: int) -> Iterator[Stream]:
+    n, k, gated = SHAPES[shape]
+    n_out = n // 2 if gated else n
+    found = []
+    for tile, together in stream_tiles(rows, gated):
+        blocks, steps = n_out // tile.block_n, k // tile.block_k
+        found += [replace(tile, per_sm=count) for count in ((1, 2) if together == 2 else (together,))]
+        found += [
+            replace(tile, per_sm=0, split=split)
+            for split in (1, 2, 4, 8)
+            if together > 1 and steps % split == 0 and steps // split >= 4
+            if 0.9 * PROCESSORS <= blocks * split <= 16 * PROCESSORS
+        ]
+    for config in dict.fromkeys(found):
+        programs, divided = linear_triton.shares(config, n_out, k, PROCESSORS)
+        partial = programs * 2 * (2 if gated else 1) * config.block_n * padded(rows) * 4
+        if not divided or (partial <= MOST_PARTIAL_BYTES and programs <= linear_triton.MOST_PROGRAMS):
+            yield config
+
+
+def all_jobs(rows_list: list[int]) -> list[Job]:
+    jobs = []
+    for shape, rows in product(SHAPES, rows_list):
+        jobs += [Job(shape, rows, config) for config in stream_configs(shape, rows)]
+        if rows == 1:
+            jobs += [Job(shape, rows, config) for config in row_configs(SHAPES[shape][1])]
+    return jobs
+
+
+# Compiling, in processes without a GPU
+
+
+class _Hopper:
+    """Stands for Triton's driver where nothing is launched."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+class _CompileOnly:
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+def _start_compiler() -> None:
+    triton.runtime.driver.set_active(_Hopper())
+    linear_triton.stream = _CompileOnly(linear_triton.stream)
+    linear_triton.row = _CompileOnly(linear_triton.row)
+    linear_triton._processors = lambda device: PROCESSORS
+    torch.set_num_threads(1)
+
+
+def _compile(job: Job) -> str | None:
+    """The machine code is left in Triton's cache; what went wrong, if something did."""
+    n, k, gated = SHAPES[job.shape]
+    x = torch.empty(job.rows, k, dtype=torch.bfloat16)
+    weight = torch.empty(k, dtype=torch.bfloat16).expand(n, k)
+    try:
+        linear_triton.launch(x, weight, None, job.config, gated)
+    except Exception as error:  # a configuration that does not compile is a result
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+def _problem(future: Future[str | None]) -> str | None:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "a compiler process died"
+
+
+class Compilers:
+    """Start before the GPU is touched: the processes are forked."""
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ProcessPoolExecutor(workers, initializer=_start_compiler)
+        self._pool.submit(os.getpid).result()
+
+    def by_variant(self, jobs: list[Job], left: Callable[[], float]) -> Iterator[tuple[list[Job], str | None]]:
+        """Jobs that share machine code, as it is there; ends early when no seconds are `left`."""
+        groups: dict[tuple[Any, ...], list[Job]] = defaultdict(list)
+        for job in jobs:
+            groups[job.variant()].append(job)
+        order = list(groups.values())
+        random.Random(7).shuffle(order)
+        futures: dict[Future[str | None], list[Job]] = {self._pool.submit(_compile, group[0]): group for group in order}
+        try:
+            for future in as_completed(futures, timeout=max(left(), 1)):
+                yield futures[future], _problem(future)
+                if left() <= 0:
+                    break
+        except TimeoutError:
+            pass
+        for future in futures:
+            future.cancel()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Measuring
+
+
+class Bench:
+    def __init__(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self.stream = torch.cuda.Stream()
+        torch.cuda.set_stream(self.stream)
+        torch.manual_seed(1)
+        self.weights: dict[str, torch.Tensor] = {}
+        for shape, (n, k, _) in SHAPES.items():
+            if shape == "gated":
+                self.weights[shape] = self.weights["gate_up"]
+                continue
+            count = 1 if shape == "lm_head" else LAYERS
+            weights = torch.empty(count, n, k, dtype=torch.bfloat16, device="cuda")
+            for one in weights:
+                one.normal_(std=k**-0.5)
+            self.weights[shape] = weights
+        self._pool = torch.cuda.graph_pool_handle()
+        self._keeper = torch.cuda.CUDAGraph()  # as long as a graph has it, the next ones reuse the pool's memory
+        self._keeper.capture_begin(self._pool)
+        torch.zeros(1, device="cuda")
+        self._keeper.capture_end()
+        self._inputs: dict[tuple[int, int], torch.Tensor] = {}
+        self._expected: dict[tuple[str, int], torch.Tensor] = {}
+
+    def x(self, rows: int, k: int) -> torch.Tensor:
+        if (rows, k) not in self._inputs:
+            self._inputs[rows, k] = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
+        return self._inputs[rows, k]
+
+    def expected(self, shape: str, rows: int) -> torch.Tensor:
+        """Of the first copy of the weight, in float32."""
+        if (shape, rows) not in self._expected:
+            _, k, gated = SHAPES[shape]
+            result = torch.nn.functional.linear(self.x(rows, k).float(), self.weights[shape][0].float())
+            if gated:
+                gate, up = result.chunk(2, -1)
+                result = torch.nn.functional.silu(gate) * up
+            self._expected[shape, rows] = result
+        return self._expected[shape, rows]
+
+    def seconds(self, run: Callable[[], object], replays: int = 6, repeats: int = 3) -> float:
+        """Of one replay of `run`, captured; the median of `repeats`."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        graph.capture_begin(self._pool)
+        run()
+        graph.capture_end()
+        graph.replay()
+        found = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3 / replays)
+        return statistics.median(found)
+
+    def alone(self, shape: str, rows: int, call: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
+        """Seconds of one call."""
+        n, k, _ = SHAPES[shape]
+        weights = self.weights[shape]
+        count = min(len(weights), max(1, round(REPLAY_BYTES / (n * k * 2))))
+        x = self.x(rows, k)
+        call(x, weights[0])
+        return self.seconds(lambda: [call(x, weights[i]) for i in range(count)]) / count
+
+    def check(self, job: Job) -> dict[str, Any]:
+        """Relative error of the result, and whether it is the same twice."""
+        _, k, gated = SHAPES[job.shape]
+        expected = self.expected(job.shape, job.rows)
+        x, weight = self.x(job.rows, k), self.weights[job.shape][0]
+        del_me = torch.full_like(expected, float("nan"), dtype=torch.bfloat16)
+        del del_me  # what is not written shows
+        first = linear_triton.launch(x, weight, None, job.config, gated)
+        second = linear_triton.launch(x, weight, None, job.config, gated)
+        error = (first.float() - expected).norm() / expected.norm()
+        return {"error": float(error), "same": torch.equal(first, second)}
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        record = describe(job)
+        try:
+            record |= self.check(job)
+            if not record["same"] or not record["error"] < 4e-3:
+                return record | {"failed": "wrong"}
+            gated = SHAPES[job.shape][2]
+            taken = self.alone(job.shape, job.rows, lambda x, w: linear_triton.launch(x, w, None, job.config, gated))
+            return record | {"us": taken * 1e6, "tbps": tbps(job.shape, taken)}
+        except Exception as error:  # too much shared memory, say: a result
+            return record | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+
+    def library(self, shape: str, rows: int) -> dict[str, Any]:
+        """What torch's own takes; without the activation, which only adds to it."""
+        taken = self.alone(shape, rows, torch.nn.functional.linear)
+        return {"shape": shape, "rows": rows, "kind": "cublas", "us": taken * 1e6, "tbps": tbps(shape, taken)}
+
+    def chain(self, rows: int, configs: dict[str, Config | None]) -> float:
+        """Seconds of LAYERS layers, in the order of `configs`; None is cuBLAS. gate-up's first half is down's input."""
+
+        def run() -> None:
+            hidden = self.x(rows, 4096)
+            for layer in range(LAYERS):
+                for shape, config in configs.items():
+                    k = SHAPES[shape][1]
+                    x, weight = hidden[:, :k], self.weights[shape][layer]
+                    if config is None:
+                        hidden = torch.nn.functional.linear(x, weight)
+                    else:
+                        hidden = linear_triton.launch(x, weight, None, config, SHAPES[shape][2])
+
+        run()
+        return self.seconds(run, replays=2)
+
+
+def tbps(shape: str, seconds: float) -> float:
+    n, k, _ = SHAPES[shape]
+    return n * k * 2 / seconds / 1e12
+
+
+def describe(job: Job) -> dict[str, Any]:
+    kind = "row" if isinstance(job.config, Row) else "stream"
+    return {"shape": job.shape, "rows": job.rows, "kind": kind, "config": asdict(job.config)}
+
+
+def config_of(record: dict[str, Any]) -> Config:
+    return (Row if record["kind"] == "row" else Stream)(**record["config"])
+
+
+def in_short(config: Config | None) -> str:
+    if config is None:
+        return "cublas"
+    pdl = f" pdl {'early' if config.early else 'late'}" if config.pdl else ""
+    if isinstance(config, Row):
+        return f"row {config.block_n}x{config.block_k} {config.warps}w{pdl}"
+    share = f"{config.per_sm}/sm" if config.per_sm else f"split {config.split}"
+    tma = " tma" if config.tma else ""
+    pdl += f" +{config.prefetch}" if config.pdl else ""
+    return f"{config.block_n}x{config.block_k} {config.stages}st {config.warps}w {share}{tma}{pdl}"
+
+
+# The two parts
+
+
+def sweep(bench: Bench, compilers: Compilers, rows_list: list[int], left: Callable[[], float]) -> list[dict[str, Any]]:
+    records = [bench.library(shape, rows) for shape, rows in product(SHAPES, rows_list)]
+    jobs = all_jobs(rows_list)
+    for group, problem in compilers.by_variant(jobs, left):
+        for job in group:
+            records.append(describe(job) | {"failed": problem} if problem else bench.measure(job))
+    done = sum("us" in record for record in records)
+    print(f"{done} measured, {sum('failed' in record for record in records)} failed, of {len(jobs)}", flush=True)
+    return records
+
+
+def best(records: list[dict[str, Any]], shape: str, rows: int) -> list[dict[str, Any]]:
+    found = [r for r in records if r["shape"] == shape and r["rows"] == rows and "us" in r and r["kind"] != "cublas"]
+    return sorted(found, key=lambda record: record["us"])
+
+
+def print_sweep(records: list[dict[str, Any]], rows_list: list[int]) -> None:
+    for shape, rows in product(SHAPES, rows_list):
+        n, k, _ = SHAPES[shape]
+        library = next(r for r in records if (r["shape"], r["rows"], r["kind"]) == (shape, rows, "cublas"))
+        floor = n * k * 2 / FLOOR_TBPS / 1e6
+        print(f"{shape} {rows}: cublas {library['us']:.1f} us {library['tbps']:.2f} TB/s; floor {floor:.1f} us")
+        for record in best(records, shape, rows)[:FEW]:
+            gain = library["us"] / record["us"]
+            print(
+                f"   {record['us']:7.1f} us {record['tbps']:.2f} TB/s x{gain:.2f}  {in_short(config_of(record))}"
+                f"  err {record['error']:.1e}"
+            )
+
+
+def candidates(records: list[dict[str, Any]], shape: str, rows: int) -> list[Config]:
+    """The fastest, and the fastest of which a multiprocessor has room for one of this kernel and one of the next."""
+    ranked = [config_of(record) for record in best(records, shape, rows)]
+    gated = SHAPES[shape][2]
+    small = [
+        config
+        for config in ranked
+        if isinstance(config, Row) or max(config.per_sm, 1) * shared_bytes(config, rows, gated) <= 112 << 10
+    ]
+    return list(dict.fromkeys(ranked[:4] + small[:3] + [one for one in ranked if isinstance(one, Row)][:2]))
+
+
+def with_pdl(config: Config, early: bool, prefetch: int) -> Config:
+    if isinstance(config, Row):
+        return replace(config, pdl=True, early=early)
+    return replace(config, pdl=True, early=early, prefetch=prefetch)
+
+
+def tune_chain(
+    bench: Bench, compilers: Compilers, records: list[dict[str, Any]], rows: int, up: str, left: Callable[[], float]
+) -> list[dict[str, Any]]:
+    """Coordinate descent: one shape's configuration and launch at a time, in the chain. Every step is a record."""
+    shapes = ("qkv", "o", up, "down")
+    options = {shape: candidates(records, shape, rows) for shape in shapes}
+    if not all(options.values()):
+        return []
+    jobs = [
+        Job(shape, rows, with_pdl(config, early, 0))
+        for shape in shapes
+        for config in options[shape]
+        for early in (False, True)
+    ]
+    bad = {group[0].variant() for group, problem in compilers.by_variant(jobs, left) if problem}
+    found: list[dict[str, Any]] = []
+    known: dict[tuple[Config | None, ...], float] = {}
+
+    def tried(name: str, configs: dict[str, Config | None]) -> float:
+        key = tuple(configs.values())
+        if key not in known:
+            try:
+                known[key] = bench.chain(rows, configs)
+            except Exception as error:  # as in `measure`
+                print(name, type(error).__name__, str(error)[:200])
+                known[key] = float("inf")
+            shown = {shape: in_short(config) for shape, config in configs.items()}
+            found.append({"chain": name, "rows": rows, "ms": known[key] * 1e3, "configs": shown})
+        return known[key]
+
+    tried("cublas", dict.fromkeys(shapes))
+    plain: dict[str, Config | None] = {shape: options[shape][0] for shape in shapes}
+    tried("best alone", plain)
+    current = {shape: with_pdl(options[shape][0], False, 1) for shape in shapes}
+    for _ in range(2):
+        for shape in shapes:
+            best_time, best_config = tried("pdl", dict(current)), current[shape]
+            here = current[shape]
+            ways = [(here.early, prefetch) for prefetch in (0, 1, 2, 4)] + [(not here.early, p) for p in (0, 1, 2, 4)]
+            choices = [with_pdl(config, here.early, getattr(here, "prefetch", 1)) for config in options[shape]]
+            for config in choices + [None] * len(ways):
+                if left() <= 0:
+                    break
+                trial = config or with_pdl(best_config, *ways.pop())
+                if Job(shape, rows, trial).variant() in bad:
+                    continue
+                taken = tried("pdl", current | {shape: trial})
+                if taken < best_time:
+                    best_time, best_config = taken, trial
+            current[shape] = best_config
+    tried("pdl off", {shape: replace(config, pdl=False, early=False) for shape, config in current.items()})
+    return found
+
+
+def print_chain(found: list[dict[str, Any]]) -> None:
+    """cuBLAS, the best of each alone, the best chain, and that without programmatic dependent launch."""
+    floor = sum(n * k * 2 for n, k, _ in (SHAPES[shape] for shape in ("qkv", "o", "gate_up", "down"))) * LAYERS
+    tuned = [record for record in found if record["chain"] == "pdl"]
+    rest = [record for record in found if record["chain"] != "pdl"]
+    for record in rest + sorted(tuned, key=lambda one: one["ms"])[:2]:
+        rate = floor / record["ms"] / 1e9
+        print(f"chain {record['rows']:3d} {record['chain']:10s} {record['ms']:.3f} ms {rate:.2f} TB/s", end="")
+        print("" if record["chain"] == "cublas" else f"  {record['configs']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=180, help="in all, about")
+    parser.add_argument("--rows", default="1,8,32,64,128,256")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    begin = time.monotonic()
+    compilers = Compilers(options.workers)
+    rows_list = [int(one) for one in options.rows.split(",")]
+    bench = Bench()
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__, flush=True)
+    records: list[dict[str, Any]] = []
+    chains: list[dict[str, Any]] = []
+
+    def left(share: float) -> float:
+        return begin + share * options.seconds - time.monotonic()
+
+    try:
+        records += sweep(bench, compilers, rows_list, lambda: left(0.62))
+        print_sweep(records, rows_list)
+        plan = [(rows, up) for up in ("gate_up", "gated") for rows in CHAIN_ROWS if rows in rows_list]
+        for index, (rows, up) in enumerate(plan):
+            share = 0.62 + 0.36 * (index + 1) / len(plan)
+            found = tune_chain(bench, compilers, records, rows, up, lambda share=share: left(share))  # type: ignore[misc]
+            print_chain(found)
+            chains += found
+    finally:
+        if options.out is not None:
+            options.out.write_text(json.dumps({"alone": records, "chain": chains}))
+        compilers.close()
+    print(f"took {time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

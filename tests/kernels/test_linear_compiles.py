@@ -1,0 +1,64 @@
+"""The projections' kernels compiled for Hopper: nothing spills, the matrix unit is used, and blocks fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from pd.kernels.linear_configs import TABLE, Row, Stream
+from pd.kernels.linear_triton import row, stream
+from tests.kernels.aot import Compiled, compile_sm90
+
+POINTERS = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16:16")
+SIZES = dict.fromkeys(("n", "k", "x_stride", "out_stride"), "i32:16") | dict.fromkeys(("rows", "prefetch"), "i32")
+
+#: Rows of x, configuration, gated.
+STREAMS = [
+    (16, Stream(64, 256, 4, 4, pdl=True), False),
+    (16, Stream(64, 256, 3, 4, tma=True), False),
+    (16, Stream(64, 128, 4, 4), True),
+    (64, Stream(128, 128, 3, 8), False),
+]
+ROWS = [(4096, Row(4, 1024, 4, pdl=True), False), (14336, Row(4, 2048, 4), False), (4096, Row(4, 1024, 4), True)]
+for (_, k, gated), entries in TABLE.items():
+    STREAMS += [(max(16, most), one, gated) for most, one in entries if isinstance(one, Stream)]
+    ROWS += [(k, one, gated) for _, one in entries if isinstance(one, Row)]
+
+
+def compile_stream(rows: int, config: Stream, gated: bool) -> Compiled:
+    types = POINTERS | SIZES | {"partial": "*fp32:16", "arrivals": "*i32:16"}
+    constants: dict[str, Any] = dict.fromkeys(("x_tiles", "weight_tiles", "bias"))
+    if config.tma:
+        types["x_tiles"] = f"tensordesc<bf16[{rows},{config.block_k}]>"
+        types["weight_tiles"] = f"tensordesc<bf16[{config.block_n},{config.block_k}]>"
+        constants = {"bias": None}
+    constants |= {"ROWS": rows, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GATED": gated, "EVEN": True}
+    constants |= {"DIVIDED": True, "PDL": config.pdl, "EARLY": config.early}
+    return compile_sm90(stream, types, constants, config.warps, config.stages)
+
+
+@pytest.mark.parametrize("rows,config,gated", STREAMS, ids=str)
+def test_a_stream_of_tiles_is_the_wide_operand_of_wgmma(rows: int, config: Stream, gated: bool) -> None:
+    compiled = compile_stream(rows, config, gated)
+    compiled.check()
+    assert compiled.count("HGMMA") > 0
+    assert (compiled.count("UTMALDG") > 0) == config.tma
+    assert (compiled.count("LDGSTS") > 0) != config.tma, "tiles come 16 bytes at a time, past the registers"
+    assert compiled.count("LDGSTS") == compiled.count("LDGSTS.E.BYPASS.128")
+    assert (compiled.count("ACQBULK") > 0) == (compiled.count("PREEXIT") > 0) == config.pdl
+
+
+@pytest.mark.parametrize("k,config,gated", ROWS, ids=str)
+def test_a_single_row_reads_16_bytes_at_a_time_before_it_waits(k: int, config: Row, gated: bool) -> None:
+    constants = {"bias": None, "K": k, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GATED": gated}
+    constants |= {"EVEN": True, "PDL": config.pdl, "EARLY": config.early}
+    compiled = compile_sm90(row, POINTERS | SIZES, constants, config.warps)
+    compiled.check()
+    wide = compiled.count("LDG.E.128") + compiled.count("LDG.E.EF.128") + compiled.count("LDG.E.EL.128")
+    assert wide == compiled.count("LDG") > 0
+    assert (compiled.count("ACQBULK") > 0) == config.pdl
+    if config.pdl:
+        assert compiled.sass.index("LDG.") < compiled.sass.index("ACQBULK")
