@@ -50,7 +50,7 @@ def run_norm(
     given = (x,) if residual is None else (x, residual)
     if any(one.shape != x.shape or one.stride(1) != 1 or one.dtype != weight.dtype for one in given):
         raise ValueError("x and residual are [T, H] with contiguous rows, of the weight's dtype")
-    if weight.shape != (columns,) or weight.stride(0) != 1 or columns > MAX_COLUMNS:
+    if weight.shape != (columns,) or not weight.is_contiguous() or columns > MAX_COLUMNS:
         raise ValueError(f"the weight is contiguous, [{columns}], of at most {MAX_COLUMNS} elements")
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(columns)

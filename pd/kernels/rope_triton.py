@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 TILE = 512
 
 
-@triton.jit
+# What a step brings lies packed in one buffer, so that a table begins anywhere: one compilation serves all.
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def rope_tables_kernel(
     positions, frequencies, cos, sin, scale, PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -43,7 +44,7 @@ def _store(cache, slot, heads, lanes, head_stride, dim_stride, first, second, se
     tl.store(places + PAIRS * dim_stride, second.to(cache.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["blocks", "offsets"])
 def rope_write_kernel(
     qkv, cos, sin, q_gain, k_gain, eps, blocks, offsets, k_cache, v_cache, stride,
     k_block, k_head, k_token, k_dim, v_block, v_head, v_token, v_dim,
@@ -109,7 +110,7 @@ def run_rope_tables(
     positions: torch.Tensor, frequencies: torch.Tensor, scale: float, pdl: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """positions int32 or int64[T], frequencies float32[D/2], contiguous -> (cos, sin), float32[T, D/2]."""
-    if positions.stride(0) != 1 or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
+    if not positions.is_contiguous() or frequencies.dtype != torch.float32 or not frequencies.is_contiguous():
         raise ValueError("positions and frequencies are contiguous, frequencies float32")
     tokens, pairs = len(positions), len(frequencies)
     cos, sin = torch.empty((2, tokens, pairs), dtype=torch.float32, device=positions.device)
@@ -176,8 +177,8 @@ def _check(
         if table.shape != (tokens, head_dim // 2) or not table.is_contiguous():
             raise ValueError(f"cos and sin are contiguous, [{tokens}, {head_dim // 2}]")
     for slots in (batch.blocks, batch.offsets):
-        if slots.shape != (tokens,) or slots.stride(0) != 1:
+        if slots.shape != (tokens,) or not slots.is_contiguous():
             raise ValueError(f"blocks and offsets are contiguous, [{tokens}]")
     for gain in () if norm is None else (norm.q, norm.k):
-        if gain.shape != (head_dim,) or gain.dtype != qkv.dtype or gain.stride(0) != 1:
+        if gain.shape != (head_dim,) or gain.dtype != qkv.dtype or not gain.is_contiguous():
             raise ValueError(f"norms of queries and keys are contiguous, [{head_dim}], of qkv's dtype")

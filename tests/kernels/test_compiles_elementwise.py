@@ -61,7 +61,7 @@ def test_the_gated_activation(rows: int) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (32, 8, 64), (16, 8, 128), (14, 2, 64)])
 def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool) -> None:
-    signature = {"cos": F32, "sin": F32, "eps": "fp32", "blocks": "*i32:16", "offsets": "*i32:16", "stride": "i32:16"}
+    signature = {"cos": F32, "sin": F32, "eps": "fp32", "blocks": "*i32", "offsets": "*i32", "stride": "i32:16"}
     signature |= dict.fromkeys(("qkv", "q_gain", "k_gain", "k_cache", "v_cache"), BF16)
     for cache in "kv":
         signature |= {f"{cache}_block": "i64:16", f"{cache}_head": "i32:16", f"{cache}_token": "i32:16"}
@@ -83,7 +83,7 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool) -> N
 @pytest.mark.parametrize("pairs", [32, 64])
 def test_tables_of_rotation(pairs: int) -> None:
     """Triton 3.6's libdevice reduces angles above 105,615 in local memory, which is never reached below."""
-    signature = {"positions": "*i32:16", "frequencies": F32, "cos": F32, "sin": F32, "scale": "fp32"}
+    signature = {"positions": "*i32", "frequencies": F32, "cos": F32, "sin": F32, "scale": "fp32"}
     constants = {"PAIRS": pairs, "BLOCK": pairs, "PDL": True}
     compiled = compile_sm90(rope_tables_kernel, signature, constants, num_warps=1)
     assert compiled.registers <= 32 and compiled.shared <= MAX_SHARED
