@@ -1,0 +1,105 @@
+"""Sampling on the GPU against the reference in torch, token for token; and in a captured graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pd.kernels.philox import DrawKeys, gumbel
+from pd.kernels.sampling_device import COLDEST, DeviceSampling, _sample_rows, sample_rows
+from tests.sampling_kit import device_sampling
+
+DEVICE = "cuda:0"
+VOCAB = 128_256
+
+
+def random_logits(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (scale * torch.randn(rows, vocab, generator=generator, device=DEVICE)).to(dtype)
+
+
+def check(logits: torch.Tensor, sampling: DeviceSampling, restricted: bool = False, ties: int = 1) -> torch.Tensor:
+    """Tokens and logprobs are the reference's, up to `ties` rows whose two tokens have nearly the same score."""
+    tokens, logprobs = sample_rows(logits, sampling, restricted=restricted, logprobs=True)
+    expected, reference = _sample_rows(logits, sampling, restricted, logits, logprobs=True)
+    assert logprobs is not None and reference is not None
+    assert tokens.dtype == torch.int32
+    differ = (tokens != expected).nonzero()[:, 0]
+    assert len(differ) <= ties
+    for row in differ.tolist():
+        assert float(sampling.temperature[row]) >= COLDEST, "greedy rows have no rounding"
+        noise = gumbel(DrawKeys(*((int(one[row]),) for one in keys(sampling))), logits.shape[1], logits.device)[0]
+        scores = logits[row].float() / sampling.temperature[row] + noise
+        first, second = float(scores[tokens[row]]), float(scores[expected[row]])
+        assert abs(first - second) <= 1e-6 * max(1.0, abs(first))
+    same = tokens == expected
+    assert torch.allclose(logprobs[same], reference[same], atol=5e-5, rtol=1e-5)
+    return tokens
+
+
+def keys(sampling: DeviceSampling) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return sampling.seed, sampling.choice, sampling.position
+
+
+@pytest.mark.parametrize("rows", [1, 7, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_greedy_and_warm_rows_are_the_references(rows: int, dtype: torch.dtype) -> None:
+    for seed, scale in ((1, 0.01), (2, 1.0), (3, 8.0)):
+        logits = random_logits(rows, VOCAB, dtype, seed, scale)
+        check(logits, device_sampling(rows, temperature=[0.0, 1.0, 0.7, 2.0], seed=seed, position=500, device=DEVICE))
+        check(logits, device_sampling(rows, temperature=[1.0, 0.3], seed=-seed, position=9, device=DEVICE))
+
+
+@pytest.mark.parametrize("vocab", [1, 1000, 1023, 4097, 32_003, 151_936])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_any_vocabulary_is_sampled(vocab: int, dtype: torch.dtype) -> None:
+    for rows in (3, 40):
+        sampling = device_sampling(rows, temperature=[1.0, 0.0, 1.5], position=3, device=DEVICE)
+        check(random_logits(rows, vocab, dtype, vocab), sampling)
+
+
+def test_ten_thousand_draws_are_the_references() -> None:
+    logits = random_logits(1, 1000, torch.float32).expand(10_000, -1)
+    check(logits, device_sampling(10_000, temperature=[1.0, 0.3, 2.0], device=DEVICE))
+
+
+def test_draws_follow_the_distribution() -> None:
+    count = 200_000
+    logits = torch.tensor([1.2, -0.3, 0.0, 2.0, -1.0, 0.7, 1.9], device=DEVICE)
+    sampling = device_sampling(count, temperature=0.8, seed=3, device=DEVICE)
+    tokens, _ = sample_rows(logits.expand(count, -1), sampling, restricted=False, logprobs=False)
+    expected = (logits / 0.8).softmax(-1).double() * count
+    observed = tokens.long().bincount(minlength=7)
+    assert float(((observed - expected).square() / expected).sum()) < 22.46  # 6 degrees of freedom, 0.1 %
+
+
+def test_masked_rows_and_what_is_no_number_give_tokens_of_the_vocabulary() -> None:
+    logits = torch.full((20, VOCAB), float("-inf"), device=DEVICE)
+    logits[:8, 100_000] = -5.0
+    logits[8:12] = float("nan")
+    logits[12:16] = float("inf")
+    sampling = device_sampling(20, temperature=[0.0, 1.0], device=DEVICE)
+    tokens, _ = sample_rows(logits, sampling, restricted=False, logprobs=True)
+    assert tokens[:8].tolist() == [100_000] * 8
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+@pytest.mark.parametrize("restricted", [False])
+def test_a_captured_graph_samples_what_its_inputs_hold_then(restricted: bool) -> None:
+    logits = random_logits(8, VOCAB, torch.bfloat16)
+    sampling = device_sampling(8, temperature=[0.0, 1.0], device=DEVICE)
+    sample_rows(logits, sampling, restricted=restricted, logprobs=True)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, _ = sample_rows(logits, sampling, restricted=restricted, logprobs=True)
+    for seed in range(1, 4):
+        logits.copy_(random_logits(8, VOCAB, torch.bfloat16, seed))
+        other = device_sampling(8, temperature=[1.0, 0.0], seed=seed, position=seed, device=DEVICE)
+        for field in dataclasses.fields(sampling):
+            getattr(sampling, field.name).copy_(getattr(other, field.name))
+        graph.replay()
+        expected, _ = sample_rows(logits, other, restricted=restricted, logprobs=False)
+        assert torch.equal(tokens, expected)
