@@ -15,15 +15,18 @@ from pd.kernels.linear_configs import Config, Row, Stream
 #: Programs that may divide blocks of rows among them: each has a counter.
 MOST_PROGRAMS = 8192
 
+#: Sums that are turned round in shared memory at once, on their way to where they are stored.
+AT_ONCE = tl.constexpr(4096)
+
 #: What stands for the multiprocessors of a GPU in the interpreter.
 INTERPRETED_PROCESSORS = 3
 
 
 @triton.jit
 def _prefetch_lines(pointers):
-    """Ask for the lines of 128 bytes at `pointers` to be brought into the L2, and kept there."""
+    """Ask for the lines of 128 bytes at `pointers` to be brought into the L2."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2::evict_last [$1]; mov.b32 $0, 0;",
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l",
         [pointers.to(tl.int64)],
         dtype=tl.int32,
@@ -73,35 +76,98 @@ def _silu_mul(gate, up):
 
 
 @triton.jit
-def _store(out, bias, sums, more, row, rows, n, out_stride, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """sums [BLOCK_N, ROWS] float32 -> out [rows, n] from column `row` on. `more` (the sums of up) makes them gates."""
-    columns = row + tl.arange(0, BLOCK_N)
-    lanes = tl.arange(0, ROWS)
-    if bias is not None:
-        sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
-    if more is not None:
-        if bias is not None:
-            more += tl.load(bias + n + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
-        sums = _silu_mul(sums, more)
-    pointers = out + lanes[:, None] * out_stride + columns[None, :]
-    mask = (lanes < rows)[:, None] & (columns < n)[None, :]
-    tl.store(pointers, tl.trans(sums).to(out.dtype.element_ty), mask=mask)
+def _halves(sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_N, WIDTH] -> the even and the odd columns. A thread has both of a pair, so nothing moves."""
+    return tl.split(tl.reshape(sums, [BLOCK_N, WIDTH // 2, 2]))
 
 
 @triton.jit
-def _places(slot, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where slot `slot` of the partial sums has its [BLOCK_N, ROWS]."""
-    return slot * (BLOCK_N * ROWS) + tl.arange(0, BLOCK_N)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+def _store(
+    out, bias, sums, more, row, lane, lane_step, rows, n, out_stride, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """sums [BLOCK_N, WIDTH] float32 -> out [rows, n]: rows lane, lane + lane_step, … from column `row` on.
 
-
-@triton.jit
-def _keep(partial, slot, sums, more, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
-    """Leave partial sums where the program that ends the block of rows finds them."""
-    if GATED:
-        tl.store(partial + _places(2 * slot, ROWS, BLOCK_N), sums, cache_modifier=".cg")
-        tl.store(partial + _places(2 * slot + 1, ROWS, BLOCK_N), more, cache_modifier=".cg")
+    `more` (the sums of up) makes them gates.
+    """
+    if WIDTH * BLOCK_N > AT_ONCE:
+        even, odd = _halves(sums, WIDTH, BLOCK_N)
+        more_even = None
+        more_odd = None
+        if more is not None:
+            more_even, more_odd = _halves(more, WIDTH, BLOCK_N)
+        step = 2 * lane_step
+        _store(out, bias, even, more_even, row, lane, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
+        _store(out, bias, odd, more_odd, row, lane + lane_step, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
     else:
-        tl.store(partial + _places(slot, ROWS, BLOCK_N), sums, cache_modifier=".cg")
+        columns = row + tl.arange(0, BLOCK_N)
+        lanes = lane + lane_step * tl.arange(0, WIDTH)
+        if bias is not None:
+            sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+        if more is not None:
+            if bias is not None:
+                more += tl.load(bias + n + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
+            sums = _silu_mul(sums, more)
+        pointers = out + lanes[:, None] * out_stride + columns[None, :]
+        mask = (lanes < rows)[:, None] & (columns < n)[None, :]
+        tl.store(pointers, tl.trans(sums).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _places(WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.arange(0, BLOCK_N)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def _keep(part, sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave partial sums [BLOCK_N, WIDTH] at `part`, halves of halves one after the other."""
+    if WIDTH * BLOCK_N > AT_ONCE:
+        even, odd = _halves(sums, WIDTH, BLOCK_N)
+        _keep(part, even, WIDTH // 2, BLOCK_N)
+        _keep(part + BLOCK_N * (WIDTH // 2), odd, WIDTH // 2, BLOCK_N)
+    else:
+        tl.store(part + _places(WIDTH, BLOCK_N), sums, cache_modifier=".cg")
+
+
+@triton.jit
+def _keep_both(partial, slot, sums, more, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    if more is not None:
+        _keep(partial + 2 * slot * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
+        _keep(partial + (2 * slot + 1) * (BLOCK_N * ROWS), more, ROWS, BLOCK_N)
+    else:
+        _keep(partial + slot * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
+
+
+@triton.jit
+def _add_up(
+    out, bias, partial, first, last, row, lane, lane_step, rows, n, out_stride,
+    SLOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of what programs first to last kept, each in slots of SLOT numbers."""
+    if WIDTH * BLOCK_N > AT_ONCE:
+        odd = partial + BLOCK_N * (WIDTH // 2)
+        _add_up(
+            out, bias, partial, first, last, row, lane, 2 * lane_step, rows, n, out_stride,
+            SLOT, WIDTH // 2, BLOCK_N, GATED,
+        )  # fmt: skip
+        _add_up(
+            out, bias, odd, first, last, row, lane + lane_step, 2 * lane_step, rows, n, out_stride,
+            SLOT, WIDTH // 2, BLOCK_N, GATED,
+        )  # fmt: skip
+    else:
+        places = _places(WIDTH, BLOCK_N)
+        sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+        more = None
+        if GATED:
+            more = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+        for program in range(first, last + 1):
+            # A program keeps the block that it ends in its first slot, the one that it leaves unfinished in its second.
+            slot = 2 * program + (program != last).to(tl.int32)
+            if GATED:
+                sums += tl.load(partial + 2 * slot * SLOT + places, cache_modifier=".cg")
+                more += tl.load(partial + (2 * slot + 1) * SLOT + places, cache_modifier=".cg")
+            else:
+                sums += tl.load(partial + slot * SLOT + places, cache_modifier=".cg")
+        _store(out, bias, sums, more, row, lane, lane_step, rows, n, out_stride, WIDTH, BLOCK_N)
 
 
 @triton.jit
@@ -128,20 +194,11 @@ def _arrive(
     last = _owner(block * steps + steps - 1, total, programs)
     before = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
     if before == last - first:
-        sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        more = None
-        if GATED:
-            more = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        for program in range(first, last + 1):
-            # A program keeps the block that it ends in its first slot, the one that it leaves unfinished in its second.
-            slot = 2 * program + (program != last).to(tl.int32)
-            if GATED:
-                sums += tl.load(partial + _places(2 * slot, ROWS, BLOCK_N), cache_modifier=".cg")
-                more += tl.load(partial + _places(2 * slot + 1, ROWS, BLOCK_N), cache_modifier=".cg")
-            else:
-                sums += tl.load(partial + _places(slot, ROWS, BLOCK_N), cache_modifier=".cg")
         tl.store(arrivals + first, 0)  # for the next launch
-        _store(out, bias, sums, more, block * BLOCK_N, rows, n, out_stride, ROWS, BLOCK_N)
+        _add_up(
+            out, bias, partial, first, last, block * BLOCK_N, 0, 1, rows, n, out_stride,
+            BLOCK_N * ROWS, ROWS, BLOCK_N, GATED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "prefetch"])
@@ -196,11 +253,11 @@ def stream(
         if step % steps == steps - 1:
             if DIVIDED:
                 if step - steps + 1 >= begin:
-                    _store(out, bias, sums, more, row, rows, n, out_stride, ROWS, BLOCK_N)
+                    _store(out, bias, sums, more, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
                 else:
-                    _keep(partial, 2 * program, sums, more, ROWS, BLOCK_N, GATED)
+                    _keep_both(partial, 2 * program, sums, more, ROWS, BLOCK_N)
             else:
-                _store(out, bias, sums, more, row, rows, n, out_stride, ROWS, BLOCK_N)
+                _store(out, bias, sums, more, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
             sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
             if GATED:
                 more = tl.zeros([BLOCK_N, ROWS], tl.float32)
@@ -210,7 +267,7 @@ def stream(
     if DIVIDED:
         unfinished = end % steps != 0
         if unfinished:
-            _keep(partial, 2 * program + 1, sums, more, ROWS, BLOCK_N, GATED)
+            _keep_both(partial, 2 * program + 1, sums, more, ROWS, BLOCK_N)
         tl.debug_barrier()  # every thread's parts are written before one thread counts them
         if (begin % steps != 0) & (begin // steps != end // steps):
             _arrive(

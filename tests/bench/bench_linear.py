@@ -46,7 +46,7 @@ SHAPES = {
     "lm_head": (128256, 4096, False),
 }
 LAYERS = 32
-CHAIN_ROWS = (1, 8, 32, 64, 128)
+CHAIN_ROWS = (1, 8, 64, 32, 128)
 FLOOR_TBPS = 4.19
 PROCESSORS = 132
 
@@ -90,7 +90,7 @@ def padded(rows: int) -> int:
 def shared_bytes(config: Stream, rows: int, gated: bool) -> int:
     """Tiles in flight, and the sums as they are turned round to be stored."""
     tiles = config.block_n * (2 if gated else 1) + padded(rows)
-    return config.stages * tiles * config.block_k * 2 + config.block_n * padded(rows) * 4 + 1024
+    return config.stages * tiles * config.block_k * 2 + min(config.block_n * padded(rows), 8192) * 4 + 1024
 
 
 # Configurations to try
@@ -426,21 +426,33 @@ def with_pdl(config: Config, early: bool, prefetch: int) -> Config:
     return replace(config, pdl=True, early=early, prefetch=prefetch)
 
 
+def chain_shapes(up: str) -> tuple[str, ...]:
+    return ("qkv", "o", up, "down")
+
+
+def compile_chains(
+    compilers: Compilers, records: list[dict[str, Any]], plan: list[tuple[int, str]], left: Callable[[], float]
+) -> set[tuple[Any, ...]]:
+    """The variants with programmatic dependent launch that the chains of `plan` may use and that compiled in time."""
+    jobs = [
+        Job(shape, rows, with_pdl(config, early, 0))
+        for rows, up in plan
+        for shape in chain_shapes(up)
+        for config in candidates(records, shape, rows)
+        for early in (False, True)
+    ]
+    return {group[0].variant() for group, problem in compilers.by_variant(jobs, left) if not problem}
+
+
 def tune_chain(
-    bench: Bench, compilers: Compilers, records: list[dict[str, Any]], rows: int, up: str, left: Callable[[], float]
-) -> list[dict[str, Any]]:
+    bench: Bench, records: list[dict[str, Any]], ready: set[tuple[Any, ...]], rows: int, up: str,
+    left: Callable[[], float],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Coordinate descent: one shape's configuration and launch at a time, in the chain. Every step is a record."""
-    shapes = ("qkv", "o", up, "down")
+    shapes = chain_shapes(up)
     options = {shape: candidates(records, shape, rows) for shape in shapes}
     if not all(options.values()):
         return []
-    jobs = [
-        Job(shape, rows, with_pdl(config, early, 0))
-        for shape in shapes
-        for config in options[shape]
-        for early in (False, True)
-    ]
-    bad = {group[0].variant() for group, problem in compilers.by_variant(jobs, left) if problem}
     found: list[dict[str, Any]] = []
     known: dict[tuple[Config | None, ...], float] = {}
 
@@ -460,6 +472,8 @@ def tune_chain(
     plain: dict[str, Config | None] = {shape: options[shape][0] for shape in shapes}
     tried("best alone", plain)
     current = {shape: with_pdl(options[shape][0], False, 1) for shape in shapes}
+    if any(Job(shape, rows, config).variant() not in ready for shape, config in current.items()):
+        return found
     for _ in range(2):
         for shape in shapes:
             best_time, best_config = tried("pdl", dict(current)), current[shape]
@@ -470,7 +484,7 @@ def tune_chain(
                 if left() <= 0:
                     break
                 trial = config or with_pdl(best_config, *ways.pop())
-                if Job(shape, rows, trial).variant() in bad:
+                if Job(shape, rows, trial).variant() not in ready:
                     continue
                 taken = tried("pdl", current | {shape: trial})
                 if taken < best_time:
@@ -510,12 +524,13 @@ def main() -> None:
         return begin + share * options.seconds - time.monotonic()
 
     try:
-        records += sweep(bench, compilers, rows_list, lambda: left(0.62))
+        records += sweep(bench, compilers, rows_list, lambda: left(0.6))
         print_sweep(records, rows_list)
         plan = [(rows, up) for up in ("gate_up", "gated") for rows in CHAIN_ROWS if rows in rows_list]
+        ready = compile_chains(compilers, records, plan, lambda: left(0.75))
         for index, (rows, up) in enumerate(plan):
-            share = 0.62 + 0.36 * (index + 1) / len(plan)
-            found = tune_chain(bench, compilers, records, rows, up, lambda share=share: left(share))  # type: ignore[misc]
+            share = 0.75 + 0.24 * (index + 1) / len(plan)
+            found = tune_chain(bench, records, ready, rows, up, lambda share=share: left(share))  # type: ignore[misc]
             print_chain(found)
             chains += found
     finally:

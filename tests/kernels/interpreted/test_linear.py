@@ -53,6 +53,12 @@ def test_gate_and_up_are_one_pass(config: str, biased: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("config", [Stream(128, 32, 3, 4), Stream(256, 32, 3, 4, per_sm=0)], ids=["cut", "whole"])
+def test_many_sums_are_stored_in_parts(config: Config, gated: bool) -> None:
+    check(config, 50, 300, 160, torch.float32, gated, biased=gated)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", [(1, 64, 256), (1, 33, 80), (1, 6, 304)], ids=str)
 def test_a_single_row(shape: tuple[int, int, int], gated: bool) -> None:
     check(Row(8, 128, 4), *shape, torch.float32, gated, biased=shape[1] == 33)
