@@ -63,7 +63,7 @@ def make_worker(model: Model, pool: KvPool, info: ModelInfo, **options: Any) -> 
     digest = options.pop("digest", None)
     if digest is not None:
         options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
-    state = DeviceState(64, width, torch.device("cpu"))
+    state = DeviceState(64, width, info.num_kv_heads, torch.device("cpu"))
     return DeviceWorker(model, pool, state, vocab_size=info.vocab_size, **options)
 
 

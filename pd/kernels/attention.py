@@ -93,6 +93,7 @@ class DeviceBatch:
     starts: torch.Tensor | None = None
     tiles: torch.Tensor | None = None
     arrivals: torch.Tensor | None = None
+    by_torch: bool = False  # without kernels, for comparison
 
 
 def paged_attention(
@@ -107,7 +108,7 @@ def paged_attention(
     """
     if isinstance(batch, AttentionBatch):
         return reference.paged_attention(heads.q, kv, batch, scale, window)
-    if heads.q.is_cuda:
+    if heads.q.is_cuda and not batch.by_torch:
         from pd.kernels.attention_device import paged_attention as on_device
 
         return on_device(heads, kv, batch, scale, window)

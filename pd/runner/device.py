@@ -153,10 +153,10 @@ class Gpu:
         self, info: ModelInfo, push: Callable[[Push], None] | None, grammars: Grammars, ends: StepEnds, log: Log
     ) -> DeviceWorker:
         config, pool = self._config, self._pool
-        started = time.monotonic()
+        started, by_torch = time.monotonic(), config.model.attention_backend == "torch"
         width = -(-info.context_length // pool.shape.tokens) + 1
         # As many requests as decode at once, and prompts that a released one has not left yet.
-        state = DeviceState(2 * config.max_running, width, self._device)
+        state = DeviceState(2 * config.max_running, width, info.num_kv_heads, self._device)
         worker = DeviceWorker(
             self._model,
             pool,
@@ -166,16 +166,17 @@ class Gpu:
             digest=PoolDigests(pool.memory, DigestGeometry(pool.shape)),
             push=push,
             grammars=grammars,
+            by_torch=by_torch,
         )
         for prompt in WARM_PROMPTS:
             warm_up(worker, min(prompt, info.context_length - 2))
         log("kernels compiled", seconds=round(time.monotonic() - started, 2))
         graphs = None
-        if not config.model.disable_cuda_graph:
+        if not config.model.disable_cuda_graph and not by_torch:
             started = time.monotonic()
             largest = min(config.model.cuda_graph_max_bs, config.max_running)
             with torch.inference_mode():
-                graphs = DecodeGraphs(self._model, pool, state.state, largest, _Progress(log, "capturing graphs"))
+                graphs = DecodeGraphs(self._model, pool, state, largest, _Progress(log, "capturing graphs"))
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
         return worker

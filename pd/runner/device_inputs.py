@@ -45,7 +45,7 @@ class StepArrays:
     tiles: torch.Tensor | None
     prompts: tuple[PromptRow, ...]
 
-    def batch(self) -> DeviceBatch:
+    def batch(self, arrivals: torch.Tensor | None, by_torch: bool = False) -> DeviceBatch:
         rows = self.rows
         return DeviceBatch(
             positions=rows.positions,
@@ -57,6 +57,8 @@ class StepArrays:
             prompts=self.prompts,
             starts=self.starts,
             tiles=self.tiles,
+            arrivals=arrivals,
+            by_torch=by_torch,
         )
 
 

@@ -21,13 +21,15 @@ def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
 class DeviceState:
     """Slots of requests. A slot that is freed may be filled again at once: the device does both in order."""
 
-    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+    def __init__(self, slots: int, width: int, kv_heads: int, device: torch.device) -> None:
         """`slots` requests at once, each of at most `width` blocks; one more slot is scratch."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         self.state = SlotState(zeros(slots + 1, width), zeros(slots + 1), zeros(slots + 1, 8))
+        #: What `DeviceBatch` says of it, for any batch of these requests.
+        self.arrivals = zeros((slots + 1) * kv_heads)
         self._device, self._free = device, list(range(slots))
 
     @property

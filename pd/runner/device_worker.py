@@ -82,11 +82,14 @@ class DeviceWorker:
         digest: LaunchDigests | None = None,
         push: Callable[[Push], None] | None = None,
         grammars: Grammars | None = None,
+        by_torch: bool = False,
     ) -> None:
+        """`by_torch`: attention without kernels, for comparison."""
         self.table = RequestTable(pool.num_blocks)
         self._model, self._pool, self._state, self._vocab, self._rank = model, pool, state, vocab_size, rank
         self._digest, self._push, self._grammars = digest, push, grammars
         self._graphs: DecodeGraphs | None = None
+        self._by_torch = by_torch
         self._device = state.state.last.device
         self._inputs = InputBuilder(pool.shape.tokens, state.state.scratch, self._device)
         self._pending: deque[Launched] = deque()
@@ -205,7 +208,7 @@ class DeviceWorker:
         else:
             arrays = self._inputs.build(rows, _decode_rows(rows), grown)
             prepare_rows(self._state.state, arrays.rows, self._pool.shape.tokens)
-            hidden = self._model.forward(arrays.rows.tokens, arrays.batch(), self._pool.layers)
+            hidden = self._model.forward(arrays.rows.tokens, arrays.batch(self._state.arrivals, self._by_torch), self._pool.layers)
             launched.prompts = self._prompt_logprobs(rows, hidden)
             if wanted:
                 logits = self._model.logits(hidden.index_select(0, arrays.sample_rows))

@@ -14,9 +14,10 @@ import torch
 
 from pd.kernels.attention import DeviceBatch
 from pd.kernels.sampling_device import sample_rows
-from pd.kernels.step_rows import SlotState, gather_sampling, prepare_rows, store_last
+from pd.kernels.step_rows import gather_sampling, prepare_rows, store_last
 from pd.models.registry import Model
 from pd.runner.device_inputs import Packed, fill_decode, fill_rows, row_fields, view_rows
+from pd.runner.device_state import DeviceState
 from pd.runner.inputs import Row
 from pd.runner.kv_pool import KvPool
 
@@ -43,14 +44,14 @@ class DecodeGraphs:
     """`replay` fills the inputs and launches; what it returns is overwritten by the next replay, in stream order."""
 
     def __init__(
-        self, model: Model, pool: KvPool, state: SlotState, largest: int, progress: Callable[[int, int], None]
+        self, model: Model, pool: KvPool, state: DeviceState, largest: int, progress: Callable[[int, int], None]
     ) -> None:
-        self._model, self._pool, self._state = model, pool, state
+        self._model, self._pool, self._state, self._arrivals = model, pool, state.state, state.arrivals
         self._sizes = graph_sizes(largest)
-        device = state.last.device
+        device = self._state.last.device
         self._layouts = {size: Packed(row_fields(size, size)) for size in self._sizes}
         self._inputs = torch.zeros(self._layouts[largest].words, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(largest, state.tables.shape[1], dtype=torch.int32, device=device)
+        self._tables = torch.zeros(largest, state.width, dtype=torch.int32, device=device)
         self._graphs: dict[tuple[int, bool], _Captured] = {}
         self._capture(progress)
 
@@ -102,6 +103,7 @@ class DecodeGraphs:
             lengths=rows.lengths,
             decode=size,
             prompts=(),
+            arrivals=self._arrivals,
         )
         hidden = self._model.forward(rows.tokens, batch, self._pool.layers)
         logits = self._model.logits(hidden)
