@@ -158,8 +158,7 @@ def open_pairs(options: Options, stack: contextlib.ExitStack) -> list[Pair]:
     """`direct` by both of its ways, unless an option names one; any other backend as it is."""
     ways: list[dict[str, str]] = [{}]
     if options.backend == "direct" and "transfer_memory" not in options.backend_options:
-        near = "shm" if options.device == "cpu" else "auto"
-        ways = [{"transfer_memory": way} for way in (near, "tcp")]
+        ways = [{"transfer_memory": way} for way in ("shm", "tcp")]
     pairs = []
     for way in ways:
         chosen = {"backend": options.backend, **options.backend_options, **way}

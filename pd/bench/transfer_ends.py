@@ -84,8 +84,8 @@ class BenchSide(Side):
     """A backend whose pool is registered once without digests and, where it returns them, once per block size."""
 
     def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
-        self.device = options["device"]
-        device_memory(self.device).enter()
+        self.place = options["device"]
+        device_memory(self.place).enter()
         super().__init__(factory, host, secret, options)
         self.bare = bare_engine(options["backend"])
         self.bare_progress: Callable[[], None] = lambda: None
@@ -95,11 +95,11 @@ class BenchSide(Side):
     def open_pool(self, identity: str, nbytes: int, blocks: Sequence[int]) -> int:
         """Returns the descriptor number of the pool's memory, in this process; -1 where it has none."""
         self.backend.open(identity)
-        region = self._region = allocate(self.backend, nbytes, self.device)
+        region = self._region = allocate(self.backend, nbytes, self.place)
         sizes = [0, *blocks] if self.capabilities.returns_digests else [0]
         shapes = [BlockShape(1, 1, 1, (size or min(blocks)) // 2, 1) for size in sizes]
         pools = [Pool(region, shape) for shape in shapes]
-        self.staging = Staging(self.backend, pools, device_memory(self.device))
+        self.staging = Staging(self.backend, pools, device_memory(self.place))
         regions = [replace(one, block_bytes=size) for one, size in zip(self.staging.regions(), sizes, strict=True)]
         self.backend.register(regions)
         fill(region, 1)

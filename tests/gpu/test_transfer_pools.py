@@ -52,7 +52,7 @@ def test_pools_on_gpus_are_measured(backend: str, pair: tuple[str, str], pattern
     data = json.loads(results.read_text())
     assert data["raw"] == f"one plain copy of as many bytes, {pair[0]} to {pair[1]}"
     variants = {row["variant"] for row in data["throughput"]}
-    assert "raw" in variants and variants & {backend, "auto"}
+    assert "raw" in variants and variants & {backend, "shm"}
     assert ("bare" in variants) == (backend != "direct" and not data["staged"])
     assert {row["posted"] for row in data["throughput"]} == {"merged", "single"}
     assert all(row["gb_per_s"] > 0 and row["of_raw"] > 0 for row in data["throughput"])
