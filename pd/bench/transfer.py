@@ -1,43 +1,58 @@
-"""`pd bench transfer`: a transfer backend against a raw copy of the same spans between the same two processes, and
-against its vendor's engine without the backend, where its package has a module for that (see `bare_engine`).
+"""`pd bench transfer`: a transfer backend against a raw copy of the same bytes between the same two processes' pools,
+and against its vendor's engine without the backend, where its package has a module for that (see `bare_engine`).
 
-All variants of one span size are measured in turns, in one run, so that a noisy machine disturbs them alike; the
-median of the rounds counts. A pool is sent whole, in spans from random places, with its pages touched before.
+All variants of one block size are measured in turns, in one run, so that a noisy machine disturbs them alike; the
+median of the rounds counts. A pool is sent whole, with its pages touched before. The first round and one after the last
+are not counted: they begin with a cleared receiver and compare what arrived, byte by byte, by digest.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from pd.bench.transfer_ends import Pair, RawCopy
+from pd.abc import Spans
+from pd.bench.transfer_ends import BLOCK_STEP, Measured, Pair, installed
+from pd.bench.transfer_floor import Floor
+from pd.bench.transfer_plan import PATTERNS, Layout, forms
+from pd.bench.transfer_pool import device_names, parse_device
+from pd.bench.transfer_report import print_report, size_name, write_plot
 from pd.errors import ConfigError
 
 SIZES = "16K,64K,256K,1M,4M"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
+#: Blocks whose latency is measured together, where the pool has so many, and the size nearest to which they are.
+MANY, LATENCY_SIZE = 1000, 1 << 16
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="direct", help="transfer backend (default: direct)")
-    parser.add_argument("--sizes", default=SIZES, help=f"span sizes (default: {SIZES})")
-    parser.add_argument("--bytes", default="256M", help="bytes per measurement, the pool's size (default: 256M)")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each variant (default: 7)")
-    parser.add_argument("--latency-count", type=int, default=300, help="single blocks timed (default: 300)")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the backend")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="write a PNG to this file")
+    layouts = "; ".join(f"{name}: {what}" for name, what in PATTERNS.items())
+    add = parser.add_argument
+    add("--backend", default="direct", help="transfer backend (default: direct)")
+    add("--sizes", default=SIZES, help=f"block sizes (default: {SIZES})")
+    add("--bytes", default="256M", help="bytes per measurement, the pool's size (default: 256M)")
+    add("--pattern", default="churned", help=f"where the blocks are (default: churned). {layouts}")
+    add("--device", default="cpu", help="where the sender's pool is: cpu or cuda[:N] (default: cpu)")
+    add("--peer-device", help="where the receiver's pool is (default: that of --device)")
+    add("--rounds", type=int, default=7, help="measurements of each variant (default: 7)")
+    add("--latency-count", type=int, default=300, help="single blocks timed (default: 300)")
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the backend")
+    add("--json", type=Path, help="write the results to this file")
+    add("--plot", type=Path, help="write a PNG to this file")
 
 
 @dataclass(frozen=True)
@@ -45,40 +60,59 @@ class Options:
     backend: str
     sizes: tuple[int, ...]
     nbytes: int
+    pattern: str
+    device: str
+    peer_device: str
     rounds: int
     latency_count: int
     backend_options: dict[str, str]
 
 
 @dataclass
-class Measurement:
-    """All rounds of one variant at one span size."""
+class Case:
+    """One variant of what moves a layout's spans, and its counted rounds. `pair`: where something can arrive wrong."""
 
     variant: str
     digests: bool
-    size: int
-    seconds: list[float] = field(default_factory=list)
-    sender_cpu: list[float] = field(default_factory=list)
-    receiver_cpu: list[float] = field(default_factory=list)
+    layout: Layout
+    run: Callable[[], Measured]
+    pair: Pair | None = None
+    rounds: list[Measured] = field(default_factory=list)
 
-    def add(self, round_: int, measured: tuple[float, float, float]) -> None:
-        """(seconds, CPU seconds of the sender, of the receiver); the round -1 only warms up."""
-        if round_ >= 0:
-            for values, value in zip((self.seconds, self.sender_cpu, self.receiver_cpu), measured, strict=True):
-                values.append(value)
+    @property
+    def seconds(self) -> float:
+        return statistics.median(seconds for seconds, _, _ in self.rounds)
 
-    def summary(self, nbytes: int, raw: float | None, bare: float | None = None) -> dict[str, Any]:
-        seconds = statistics.median(self.seconds)
+    def measure(self) -> None:
+        self.rounds.append(self.run())
+
+    def check(self) -> None:
+        """Run once, uncounted. Raises RuntimeError where the receiver has not got what was sent."""
+        if self.pair is not None:
+            self.pair.clear()
+        self.run()
+        if self.pair is not None and not self.pair.content_is_right(self.layout):
+            block = size_name(self.layout.block)
+            raise RuntimeError(f"{self.variant}, blocks of {block}: what arrived is not what was sent")
+
+    def row(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Its results, with ratios to those of `cases` that move the same spans."""
+        layout, spans = self.layout, self.layout.spans()
+        known = {one.variant: one.seconds for one in cases if one.layout == layout}
+        seconds, sender_cpu, receiver_cpu = zip(*self.rounds, strict=True)
         return {
             "variant": self.variant,
             "digests": self.digests,
-            "span_bytes": self.size,
-            "gb_per_s": nbytes / seconds / 1e9,
-            "of_raw": raw / seconds if raw else None,
-            "of_bare": bare / seconds if bare else None,
-            "sender_cpu_s_per_gb": statistics.median(self.sender_cpu) / nbytes * 1e9,
-            "receiver_cpu_s_per_gb": statistics.median(self.receiver_cpu) / nbytes * 1e9,
-            "seconds": self.seconds,
+            "block_bytes": layout.block,
+            "posted": layout.form,
+            "blocks": layout.nbytes // layout.block,
+            "spans": len(spans),
+            "gb_per_s": layout.nbytes / self.seconds / 1e9,
+            "of_raw": known["raw"] / self.seconds if "raw" in known else None,
+            "of_bare": known["bare"] / self.seconds if "bare" in known and self.pair else None,
+            "sender_cpu_s_per_gb": statistics.median(sender_cpu) / layout.nbytes * 1e9,
+            "receiver_cpu_s_per_gb": statistics.median(receiver_cpu) / layout.nbytes * 1e9,
+            "seconds": list(seconds),
         }
 
 
@@ -91,144 +125,158 @@ def parse_size(text: str, flag: str) -> int:
 
 
 def parse_options(args: argparse.Namespace) -> Options:
+    """Raises ConfigError, which names the flag."""
     sizes = tuple(parse_size(one, "--sizes") for one in args.sizes.split(","))
     nbytes = parse_size(args.bytes, "--bytes")
     for size in sizes:
-        if size % 8 or nbytes % size:
-            raise ConfigError("--sizes", f"{size} bytes do not divide the pool into whole words and spans")
-    if args.rounds < 1 or args.latency_count < 1:
-        raise ConfigError("--rounds", "at least 1")
+        if size % BLOCK_STEP or nbytes % size:
+            raise ConfigError(
+                "--sizes", f"{size} is no multiple of {BLOCK_STEP} bytes that divides the pool's {nbytes}"
+            )
+    if args.pattern not in PATTERNS:
+        raise ConfigError("--pattern", f"no pattern {args.pattern!r}", f"one of {', '.join(PATTERNS)}")
+    for flag, count in (("--rounds", args.rounds), ("--latency-count", args.latency_count)):
+        if count < 1:
+            raise ConfigError(flag, "at least 1")
     pairs = [text.partition("=") for text in args.option]
     if any(not separator for _, separator, _ in pairs):
         raise ConfigError("--option", "KEY=VALUE is expected")
     if args.plot is not None:
         import matplotlib  # noqa: F401 (before the measurement, not after it)
+    installed(args.backend)
+    device = parse_device(args.device, "--device")
+    peer_device = device if args.peer_device is None else parse_device(args.peer_device, "--peer-device")
+    if (device == "cpu") != (peer_device == "cpu"):
+        raise ConfigError("--peer-device", f"{peer_device} with --device {device}", "both on the host or both on GPUs")
     options = {key: value for key, _, value in pairs}
-    return Options(args.backend, sizes, nbytes, args.rounds, args.latency_count, options)
+    return Options(
+        args.backend, sizes, nbytes, args.pattern, device, peer_device, args.rounds, args.latency_count, options
+    )
 
 
 def open_pairs(options: Options, stack: contextlib.ExitStack) -> list[Pair]:
-    """`direct` over both kinds of memory; any other backend as it is."""
-    direct = options.backend == "direct"
+    """`direct` by both of its ways, unless an option names one; any other backend as it is."""
+    ways: list[dict[str, str]] = [{}]
+    if options.backend == "direct" and "transfer_memory" not in options.backend_options:
+        ways = [{"transfer_memory": way} for way in ("shm", "tcp")]
     pairs = []
-    for name in ("shm", "tcp") if direct else (options.backend,):
-        extra = {"transfer_memory": name} if direct else {}
-        chosen = {"backend": options.backend, **options.backend_options, **extra}
-        pair = Pair(name, chosen, options.nbytes, options.sizes)
+    for way in ways:
+        chosen = {"backend": options.backend, **options.backend_options, **way}
+        name = chosen.get("transfer_memory", options.backend)
+        pair = Pair(name, chosen, (options.device, options.peer_device), options.nbytes, options.sizes)
         stack.callback(pair.close)
         pairs.append(pair)
     return pairs
 
 
-def measure_size(size: int, options: Options, pairs: Sequence[Pair], raw: RawCopy | None) -> list[Measurement]:
-    """Every variant once to warm up, then in turns."""
-    variants = [(pair, digests) for pair in pairs for digests in ((False, True) if pair.digests else (False,))]
-    results = [Measurement(pair.name, digests, size) for pair, digests in variants]
-    floor = Measurement("raw", False, size)
-    bare = [Measurement("bare", False, size) if pair.bare else None for pair in pairs]
-    for round_ in range(-1, options.rounds):
-        for pair, one in zip(pairs, bare, strict=True):
-            if one is not None:
-                one.add(round_, pair.pump_bare(size))
-        if raw is not None:
-            seconds, cpu = raw.pump(size)
-            floor.add(round_, (seconds, 0.0, cpu))
-        for (pair, digests), result in zip(variants, results, strict=True):
-            result.add(round_, pair.pump(size, digests))
-            if round_ < 0 and not pair.content_is_right(size):
-                raise RuntimeError(f"{pair.name} at {size} bytes: what arrived is not what was sent")
-    results = [one for one in bare if one is not None] + results
-    return [floor, *results] if raw is not None else results
+def cases(layout: Layout, pairs: Sequence[Pair], floor: Floor | None) -> list[Case]:
+    """Every variant that moves these spans."""
+    out = []
+    if floor is not None:
+        out.append(Case("raw", False, layout, partial(copy, floor, layout.spans())))
+    for pair in pairs:
+        if pair.bare:
+            out.append(Case("bare", False, layout, partial(pair.pump_bare, layout), pair))
+        for digests in (False, True) if pair.digests else (False,):
+            out.append(Case(pair.name, digests, layout, partial(pair.pump, layout, digests), pair))
+    return out
+
+
+def copy(floor: Floor, spans: Spans) -> Measured:
+    """The receiver's process does all of it."""
+    seconds, cpu = floor.pump(spans)
+    return seconds, 0.0, cpu
+
+
+def measure_size(layouts: Sequence[Layout], rounds: int, pairs: Sequence[Pair], floor: Floor | None) -> list[Case]:
+    """Every variant once to warm up, then in turns, then once more to see that it still does what it should."""
+    found = [case for layout in layouts for case in cases(layout, pairs, floor)]
+    for case in found:
+        case.check()
+    for _ in range(rounds):
+        for case in found:
+            case.measure()
+    for case in found:
+        case.check()
+    return found
+
+
+def gains(found: Sequence[Case]) -> list[dict[str, Any]]:
+    """What merging neighbours gains: each variant that was posted in both ways, over the same blocks."""
+    rows = []
+    for merged, single in itertools.product(found, repeat=2):
+        same = (merged.variant, merged.digests) == (single.variant, single.digests)
+        if same and merged.layout.merged and not single.layout.merged:
+            nbytes, spans = merged.layout.nbytes, len(merged.layout.spans())
+            rows.append(
+                {
+                    "variant": merged.variant,
+                    "digests": merged.digests,
+                    "block_bytes": merged.layout.block,
+                    "blocks": nbytes // merged.layout.block,
+                    "spans": spans,
+                    "single_gb_per_s": nbytes / single.seconds / 1e9,
+                    "merged_gb_per_s": nbytes / merged.seconds / 1e9,
+                    "gain": single.seconds / merged.seconds,
+                }
+            )
+    return rows
+
+
+def measure_latency(options: Options, pairs: Sequence[Pair], floor: Floor | None) -> list[dict[str, Any]]:
+    """One block and many, against a raw copy and the bare engine. The first of each only warms up."""
+    size = min(options.sizes, key=lambda one: abs(one - LATENCY_SIZE))
+    layouts = forms(options.pattern, options.nbytes, size)
+    many = min(MANY, options.nbytes // size)
+    rows = []
+    for layout, together in [(layouts[-1], 1), *((layout, many) for layout in layouts)]:
+        count = 1 + max(5, options.latency_count // together)
+        times: dict[str, list[float]] = {}
+        if floor is not None:
+            times["raw"] = [floor.pump(spans)[0] for spans in itertools.islice(layout.groups(together), count)]
+        for pair in pairs:
+            if pair.bare:
+                times["bare"] = pair.bare_latency(layout, together, count)
+            times[pair.name] = pair.latency(layout, together, count)
+        spans = len(next(layout.groups(together)))
+        for name, seconds in times.items():
+            p50, p99 = (np.percentile(seconds[1:], [50, 99]) * 1e6).tolist()
+            found = {"variant": name, "blocks": together, "block_bytes": size, "posted": layout.form, "spans": spans}
+            rows.append({**found, "p50_us": p50, "p99_us": p99})
+    return rows
 
 
 def measure(options: Options, console: Console) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    latencies: list[dict[str, Any]] = []
+    coalescing: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         pairs = open_pairs(options, stack)
-        source = pairs[0].map_source()
-        raw = RawCopy(source, pairs[0].receiver.memory) if source is not None else None
+        floor = pairs[0].floor()
         for size in options.sizes:
-            console.print(f"{_size(size)} spans …", style="dim")
-            measured = measure_size(size, options, pairs, raw)
-            median = {one.variant: statistics.median(one.seconds) for one in measured}
-            rows += [one.summary(options.nbytes, median.get("raw"), median.get("bare")) for one in measured]
-        size = min(options.sizes, key=lambda one: abs(one - (1 << 16)))
-        for pair in pairs:
-            for spans in (1, min(1000, options.nbytes // size)):
-                count = max(5, options.latency_count // spans)
-                times = np.array(pair.latency(size, count, spans)) * 1e6
-                p50, p99 = np.percentile(times, [50, 99]).tolist()
-                found = {"spans": spans, "span_bytes": size, "p50_us": p50, "p99_us": p99}
-                latencies.append({"variant": pair.name, **found})
-        del raw
+            console.print(f"{size_name(size)} blocks …", style="dim")
+            found = measure_size(forms(options.pattern, options.nbytes, size), options.rounds, pairs, floor)
+            rows += [case.row(found) for case in found]
+            coalescing += gains(found)
+        latencies = measure_latency(options, pairs, floor)
+        raw, staged = floor.what if floor is not None else None, [pair.name for pair in pairs if pair.staged]
+        del floor, found  # a mapping of the sender's memory
     return {
-        "schema": 1,
+        "schema": 2,
         "benchmark": "transfer",
         "options": asdict(options),
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
+        "layout": PATTERNS[options.pattern],
+        "raw": raw,
+        "staged": staged,
+        "machine": machine(options.device),
         "throughput": rows,
+        "coalescing": coalescing,
         "latency": latencies,
     }
 
 
-def _size(nbytes: int) -> str:
-    for unit, factor in reversed(_UNITS.items()):
-        if nbytes >= factor and nbytes % factor == 0:
-            return f"{nbytes // factor} {unit}iB"
-    return f"{nbytes} B"
-
-
-def print_report(result: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"transfer: {result['options']['backend']}, median of {result['options']['rounds']}")
-    for column in ("span", "variant", "digests", "GB/s", "of raw", "of bare", "CPU s/GB sender", "CPU s/GB receiver"):
-        table.add_column(column, justify="left" if column in ("variant", "digests") else "right")
-    last = None
-    for row in result["throughput"]:
-        if last not in (None, row["span_bytes"]):
-            table.add_section()
-        last = row["span_bytes"]
-        table.add_row(
-            _size(row["span_bytes"]),
-            row["variant"],
-            "checked" if row["digests"] else "",
-            f"{row['gb_per_s']:.2f}",
-            f"{row['of_raw']:.0%}" if row["of_raw"] else "",
-            f"{row['of_bare']:.0%}" if row["of_bare"] else "",
-            f"{row['sender_cpu_s_per_gb']:.3f}",
-            f"{row['receiver_cpu_s_per_gb']:.3f}",
-        )
-    console.print(table)
-    for row in result["latency"]:
-        size = _size(row["span_bytes"])
-        what = f"{row['spans']} x {size} over {row['variant']}"
-        console.print(f"{what}: {row['p50_us']:.0f} us median, {row['p99_us']:.0f} p99")
-
-
-def write_plot(path: Path, result: dict[str, Any]) -> None:
-    """Throughput over span size, one line per variant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in result["throughput"]:
-        name = row["variant"] + (", checked" if row["digests"] else "")
-        lines.setdefault(name, []).append((row["span_bytes"], row["gb_per_s"]))
-    for name, points in lines.items():
-        style = "k:" if name == "raw" else "k--" if name == "bare" else ("s--" if name.endswith("checked") else "o-")
-        axis.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    axis.set_xscale("log", base=2)
-    sizes = result["options"]["sizes"]
-    axis.set_xticks(sizes, [_size(size) for size in sizes])
-    axis.set_xlabel("span")
-    axis.set_ylabel("GB/s")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, format="png")
+def machine(device: str) -> dict[str, Any]:
+    found = {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+    return found if device == "cpu" else {**found, "gpus": device_names()}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -53,6 +53,18 @@ def device_bytes(region: Region) -> torch.Tensor:
     return torch.as_tensor(_Foreign(region), device=region.device)
 
 
+def copy_region(source: Region, target: Region, nbytes: int) -> None:
+    """Plain copy of the first bytes of a region to another, on the same GPU or between two; returns when done."""
+    device_bytes(target)[:nbytes].copy_(device_bytes(source)[:nbytes], non_blocking=True)
+    for region in (source, target):
+        torch.cuda.synchronize(region.device)
+
+
+def device_names() -> list[str]:
+    """The GPUs of this process; "cuda:N" is number N."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 class _Foreign:
     """Device memory that torch did not allocate, in the form in which torch takes it; the tensor keeps this alive."""
 

@@ -95,8 +95,8 @@ class TestMooncake(TransferConformance):
     def test_the_bare_engine_that_the_benchmark_compares_with_moves_the_same_spans(self) -> None:
         other = self.local("other")
         self.here.pattern(3)
-        descriptor, _, close_receiver = bare.receive(int(other.memory.ctypes.data), other.memory.size)
-        write, close_sender = bare.send(int(self.here.memory.ctypes.data), self.here.memory.size, descriptor)
+        descriptor, _, close_receiver = bare.receive(int(other.memory.ctypes.data), other.memory.size, "cpu")
+        write, close_sender = bare.send(int(self.here.memory.ctypes.data), self.here.memory.size, "cpu", descriptor)
         rows = self.everything()
         write(np.array(rows, dtype=np.uint64))
         close_sender()
