@@ -243,6 +243,7 @@ class Plan:
             cache=config.cache,
             transfer=config.transfer,
             control=config.control,
+            profile_dir=config.profile_dir,
             log=config.log,
             fault=fault_prefix(config.fault, self.name, "runner"),
         )

@@ -20,7 +20,15 @@ from pd.faults import FaultPoints
 from pd.ipc.channel import SyncChannel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
-from pd.messages import GrammarCompile, RunnerFailed, RunnerReady, RunnerToScheduler, SchedulerToRunner
+from pd.messages import (
+    GrammarCompile,
+    RunnerFailed,
+    RunnerReady,
+    RunnerToScheduler,
+    SchedulerToRunner,
+    StartProfile,
+    StopProfile,
+)
 from pd.models.checkpoint import read_checkpoint
 from pd.models.info import check_model
 from pd.models.registry import Model
@@ -30,6 +38,7 @@ from pd.runner.grammar import Grammars
 from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, free_memory
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
+from pd.runner.profiler import Profiler
 from pd.runner.transfer import HIGH_WATER, command_port, make_engine, open_backend
 from pd.runner.worker import Worker
 from pd.transfer.digest import DIGEST_NAME, DigestGeometry, digest_blocks
@@ -112,7 +121,9 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             context.report_ready({"num_blocks": runner.ready.num_blocks, "block_bytes": runner.ready.block_bytes})
             plugins.process_started("runner", config)
             resources.callback(plugins.process_stopping, "runner")
-            serve(channel, runner, context, alarm, FaultPoints.of(config.fault))
+            profiler = Profiler(_label(config), config.profile_dir, lambda said: channel.send(said, SEND_TIMEOUT))
+            resources.callback(profiler.close)
+            serve(channel, runner, context, alarm, profiler, FaultPoints.of(config.fault))
         except Exception as error:
             channel.send(RunnerFailed(config.rank, _one_line(error)), SEND_TIMEOUT)
             raise
@@ -187,28 +198,34 @@ def serve(
     runner: Runner,
     context: ChildContext,
     alarm: Alarm,
+    profiler: Profiler,
     faults: FaultPoints | None = None,
 ) -> None:
     """Execute orders as they come; returns when a stop is requested."""
     poller = zmq.Poller()
-    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd):
+    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd, profiler.written_fd):
         poller.register(source, zmq.POLLIN)
     while not context.stop_requested():
         alarm.check()
         for compiled in runner.grammars.take_compiled():
             channel.send(compiled, SEND_TIMEOUT)
+        profiler.written()
         order = channel.recv(0)
         if order is None:
             poller.poll()
         elif isinstance(order, GrammarCompile):
             runner.grammars.compile(order)
+        elif isinstance(order, StartProfile | StopProfile):
+            profiler.command(order)
         else:
+            profiler.before(order)
             if faults is not None:
                 faults.reached("step")
             done = runner.worker.step(order)
             if faults is not None and order.pushes:  # they are on their way, and nobody knows yet
                 faults.reached("push")
             channel.send(done, SEND_TIMEOUT)
+            profiler.after()
 
 
 def _load(config: RunnerConfig, info: ModelInfo, plugins: Plugins, log: Callable[..., None]) -> Model:
@@ -242,6 +259,11 @@ def _make_pool(config: RunnerConfig, info: ModelInfo, backend: TransferBackend |
     )
     region = allocate_region(blocks * shape.nbytes, backend.allocate if backend is not None else None)
     return KvPool(region, shape, blocks, dtype)
+
+
+def _label(config: RunnerConfig) -> str:
+    """How its traces call it: INSTANCE-ROLE-rankN."""
+    return f"{config.identity.rsplit('/', 2)[0]}-{config.role}-rank{config.rank}"
 
 
 def _mib(nbytes: int) -> float:
