@@ -352,6 +352,9 @@ class ServeConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile_dir: str = setting(
+        "/tmp", "where /start_profile writes unless it says where", env=("SGLANG_TORCH_PROFILER_DIR",), metavar="DIR"
+    )
     name: str = setting("", "instance name, for logs and peers (default: host and port)")
     fault: str = setting("", "folder of armed fault points, for tests", readme=False)
 

@@ -247,6 +247,7 @@ class Plan:
             max_running=config.scheduler.max_running_requests,
             transfer=config.transfer,
             control=config.control,
+            profile_dir=config.profile_dir,
             log=config.log,
             fault=fault_prefix(config.fault, self.name, "runner"),
         )

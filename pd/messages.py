@@ -3,8 +3,8 @@
 Three families share this module because they share values:
 
 - api <-> scheduler (ZMQ ipc): `Submit`, `Abort`, `Ask`, `Pause`, â¦ / `StepOutputs`, `Rejected`, `Answer`, â¦
-- scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone` and `GrammarCompile` / `GrammarCompiled` on one socket, the
-  `Transferâ¦` messages on another.
+- scheduler <-> runner (ZMQ ipc): `StepOrder` / `StepDone`, `GrammarCompile` / `GrammarCompiled` and
+  `StartProfile`, `StopProfile` / `ProfileAnswer` on one socket, the `Transferâ¦` messages on another.
 - scheduler <-> scheduler (ZMQ tcp, the control plane): `Hello` … `Goodbye`, each in an `Envelope`.
 
 Raw arrays: a field named `…_i32`, `…_i64`, `…_u8`, `…_f32` is the little-endian bytes of such an array. Ids and tokens
@@ -131,6 +131,39 @@ class Pause(Message):
 
 class Continue(Message):
     """Answered by `Answer`."""
+
+    token: int
+
+
+class ProfileWish(msgspec.Struct, frozen=True, array_like=True):
+    """What is to be recorded of a runner's steps, and where to.
+
+    `activities`: CPU, GPU (empty: what there is). `output_dir` on the runner's host ("": the instance's own). Recording
+    begins at once, or with step `start_step` of the instance, and ends by itself after `num_steps` (0: as many as a
+    trace may have). With `stages` (prefill, decode) each has a trace of its own, of so many steps. A file's name has
+    `prefix` and `id` ("": the time).
+    """
+
+    activities: tuple[str, ...] = ()
+    output_dir: str = ""
+    num_steps: int = 0
+    start_step: int = 0
+    stages: tuple[str, ...] = ()
+    with_stack: bool = False
+    record_shapes: bool = True
+    prefix: str = ""
+    id: str = ""
+
+
+class StartProfile(Message):
+    """Api -> scheduler, answered by `Answer`; and, with a token of its own, scheduler -> runner: `ProfileAnswer`."""
+
+    token: int
+    wish: ProfileWish
+
+
+class StopProfile(Message):
+    """As `StartProfile`. The answer comes when the traces are written; it is also that of one that ended by itself."""
 
     token: int
 
@@ -330,6 +363,22 @@ class GrammarCompiled(Message):
 
     number: int
     problem: str = ""
+
+
+class ProfileAnswer(Message):
+    """`problem` says why not, `param` which of the wish's fields is at fault; `files` are the traces of a stop."""
+
+    token: int
+    problem: str = ""
+    param: str = ""
+    files: list[str] = []
+    status: int = 400  # of a problem
+
+
+class ProfileBusy(Message):
+    """The runner ends a recording, which takes seconds in which no thread of it gets to do anything; and is done."""
+
+    busy: bool
 
 
 class RunnerReady(Message):
@@ -702,10 +751,11 @@ class Goodbye(Message):
 
 
 Command: TypeAlias = AbortMatching | Pause | Continue
-ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain | AbortMatching | Pause | Continue
+ProfileCommand: TypeAlias = StartProfile | StopProfile
+ApiToScheduler: TypeAlias = Submit | Abort | Ask | Drain | AbortMatching | Pause | Continue | StartProfile | StopProfile
 SchedulerToApi: TypeAlias = StepOutputs | Rejected | Answer | InstanceInfo
-SchedulerToRunner: TypeAlias = StepOrder | GrammarCompile
-RunnerToScheduler: TypeAlias = StepDone | GrammarCompiled | RunnerReady | RunnerFailed
+SchedulerToRunner: TypeAlias = StepOrder | GrammarCompile | StartProfile | StopProfile
+RunnerToScheduler: TypeAlias = StepDone | GrammarCompiled | ProfileAnswer | ProfileBusy | RunnerReady | RunnerFailed
 TransferCommand: TypeAlias = (
     TransferConnect
     | TransferGrant

@@ -15,6 +15,9 @@ RequestKey = NewType("RequestKey", int)
 #: Most choices (`n`) of one prompt.
 MAX_CHOICES = 128
 
+#: Most steps of one trace: more would take the runner too long to write, and a viewer to open.
+MAX_PROFILE_STEPS = 1000
+
 
 class Role(enum.Enum):
     PREFILL = "prefill"

@@ -144,6 +144,14 @@ class PauseAnswer(msgspec.Struct, kw_only=True):
     status: Literal["ok"] = "ok"
 
 
+class ProfileAnswer(msgspec.Struct, kw_only=True):
+    """`files`: the traces, on the host of the instance."""
+
+    message: str
+    files: list[str] = []
+    success: bool = True
+
+
 class TokenizeAnswer(msgspec.Struct, kw_only=True):
     """One prompt, or a list of them, as it was asked."""
 

@@ -41,6 +41,7 @@ class Limits:
     scrape_s: float = 1.0
     probe_s: float = 20.0  # of /health_generate; SGLang's bound
     flush_s: float = 30.0
+    profile_s: float = 600.0  # a trace is written
     write_s: float = 300.0
 
 

@@ -26,6 +26,7 @@ from pd.messages import (
     Command,
     Finish,
     InstanceInfo,
+    ProfileCommand,
     Rejected,
     SchedulerToApi,
     StepOutputs,
@@ -200,7 +201,9 @@ class Engine:
         """The scheduler's answer. Raises RequestError 503 when none comes in time."""
         return await self.command(lambda token: Ask(token=token, what=what), what, timeout_s)
 
-    async def command(self, make: Callable[[int], Ask | Command], what: str, timeout_s: float = 1.0) -> dict[str, Any]:
+    async def command(
+        self, make: Callable[[int], Ask | Command | ProfileCommand], what: str, timeout_s: float = 1.0
+    ) -> dict[str, Any]:
         """The answer to what `make` makes of a fresh token. Raises RequestError 503 when none comes in time."""
         token = next(self._tokens)
         answer = asyncio.get_running_loop().create_future()

@@ -13,7 +13,8 @@ from pd.api import answers, metrics
 from pd.api.chat import ChatRequest, render_chat
 from pd.api.context import Context, Served, check_model, mint_rid, named_prefills
 from pd.api.exchange import Exchange, Prompt
-from pd.api.http import Http, error_body, http_error
+from pd.api.http import Http, error_body
+from pd.api.profile import ProfileRequest, Profiles
 from pd.api.routes import BOTH, GET, POST, Route
 from pd.errors import RequestError
 from pd.messages import AbortMatching, Continue, Pause
@@ -58,7 +59,7 @@ class Operations:
     """Endpoints by `routes()`."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
+        self.context, self.profiles = context, Profiles(context)
         self._abort = msgspec.json.Decoder(AbortRequest)
         self._pause = msgspec.json.Decoder(PauseRequest)
         self._tokenize = msgspec.json.Decoder(TokenizeRequest)
@@ -72,6 +73,7 @@ class Operations:
             "abort": {"body": AbortRequest, "answer": answers.AbortAnswer},
             "pause": {"body": PauseRequest, "answer": answers.PauseAnswer, "optional_body": True},
             "go_on": {"answer": answers.PauseAnswer},
+            "profile": {"body": ProfileRequest, "answer": answers.ProfileAnswer, "optional_body": True},
             "tokens": {"body": TokenizeRequest, "answer": answers.TokenizeAnswer},
             "text": {"body": DetokenizeRequest, "answer": answers.DetokenizeAnswer},
         }
@@ -97,8 +99,8 @@ class Operations:
             Route("/v1/tokenize", POST, self.tokenize, "As /tokenize", **takes["tokens"]),
             Route("/detokenize", POST, self.detokenize, "Text of token ids", **takes["text"]),
             Route("/v1/detokenize", POST, self.detokenize, "As /detokenize", **takes["text"]),
-            Route("/start_profile", BOTH, self.profile, "501: there is no profiler"),
-            Route("/stop_profile", BOTH, self.profile, "501: there is no profiler"),
+            Route("/start_profile", BOTH, self.profiles.start, "Begins a trace of the runner", **takes["profile"]),
+            Route("/stop_profile", BOTH, self.profiles.stop, "Ends and writes it", answers.ProfileAnswer),
         ]
 
     # --- describing --------------------------------------------------------------------------------------------------
@@ -234,9 +236,6 @@ class Operations:
 
     async def _command(self, make: Any, what: str) -> dict[str, Any]:
         return await self.context.engine.command(make, what, self.context.limits.flush_s)
-
-    async def profile(self, http: Http) -> None:
-        raise http_error(501, "there is no profiler: use py-spy or perf on the instance's processes", "not_implemented")
 
     # --- tokens ------------------------------------------------------------------------------------------------------
 

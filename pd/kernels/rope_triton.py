@@ -11,7 +11,7 @@ import triton.language as tl
 from pd.kernels.launch import launch_options
 
 if TYPE_CHECKING:
-    from pd.kernels.attention import AttentionBatch, LayerKv
+    from pd.kernels.attention import AttentionBatch, DeviceBatch, LayerKv
     from pd.kernels.rope import QkNorm
 
 #: Pairs (of first and second half) that a program turns: 8 heads of 128, 8 pairs per thread of two warps. So a single
@@ -127,7 +127,7 @@ def run_rope_write(
     cos: torch.Tensor,
     sin: torch.Tensor,
     kv: LayerKv,
-    batch: AttentionBatch,
+    batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None,
     pdl: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,7 +164,7 @@ def _check(
     cos: torch.Tensor,
     sin: torch.Tensor,
     kv: LayerKv,
-    batch: AttentionBatch,
+    batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None,
 ) -> None:
     tokens, width = qkv.shape

@@ -28,9 +28,7 @@ class Weights(Protocol):
 class Model(Protocol):
     """One rank's part of a model. Stateless between calls: all memory is weights and the KV given to `forward`."""
 
-    def forward(
-        self, tokens: torch.Tensor, batch: AttentionBatch | DeviceBatch, kv: Sequence[LayerKv]
-    ) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, batch: AttentionBatch | DeviceBatch, kv: Sequence[LayerKv]) -> torch.Tensor:
         """tokens int[T] -> final hidden states [T, hidden]; writes the T tokens' keys and values into `kv`."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

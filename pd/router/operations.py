@@ -26,6 +26,9 @@ log = get_logger()
 #: An operation that every worker carries out is given this long.
 _FAN_OUT_TIMEOUT = 30.0
 
+#: A trace is written by then: longer than an instance allows itself.
+_PROFILE_TIMEOUT = 610.0
+
 #: Bytes of an answer that may be as long as the request.
 _LARGE = 256 << 20
 
@@ -153,10 +156,6 @@ class Operations:
     async def version(self, request: Request) -> Response:
         return _json({"version": pd.__version__})
 
-    async def profile(self, request: Request) -> Response:
-        problem = "there is no profiler: use py-spy or perf on the instances' processes"
-        return error(501, problem, "not_implemented")
-
     async def anyone(self, request: Request) -> Response:
         """What every decode instance answers alike: the first that does."""
         fleet = self.core.fleet
@@ -197,10 +196,14 @@ class Operations:
                     found.append((worker, msgspec.json.decode(answer.body, type=form)))
         return found
 
-    async def fan_out(self, request: Request) -> Response:
+    async def profile(self, request: Request) -> Response:
+        """Every worker writes a trace of its own, which takes as long as it takes."""
+        return await self.fan_out(request, _PROFILE_TIMEOUT)
+
+    async def fan_out(self, request: Request, timeout: float = _FAN_OUT_TIMEOUT) -> Response:
         """The request to every worker; 200 when all of them did it. What all of them refuse alike is refused so."""
         workers = self.core.fleet.all()
-        answers = await self._ask(workers, request, _FAN_OUT_TIMEOUT)
+        answers = await self._ask(workers, request, timeout)
         heard = [answer for answer in answers if isinstance(answer, Response)]
         statuses = {answer.status for answer in heard}
         if heard and len(heard) == len(workers) and len(statuses) == 1 and 400 <= heard[0].status < 500:
@@ -211,8 +214,11 @@ class Operations:
             for worker, answer in zip(workers, answers, strict=True)
         }
         counts = [_aborted(answer.body) for answer in heard if answer.status == 200]
-        total = {} if None in counts else {"aborted": sum(count or 0 for count in counts)}
-        return _json({"success": success, **total, "workers": results}, 200 if success else 502)
+        more: dict[str, Any] = {} if None in counts else {"aborted": sum(count or 0 for count in counts)}
+        files = [name for answer in heard if answer.status == 200 for name in _files(answer.body)]
+        if files:
+            more["files"] = files
+        return _json({"success": success, **more, "workers": results}, 200 if success else 502)
 
     async def _ask(
         self, workers: Iterable[Worker], request: Request, timeout: float, *, target: str = "", limit: int = 1 << 20
@@ -242,6 +248,14 @@ def _aborted(body: bytes) -> int | None:
         return int(msgspec.json.decode(body)["aborted"])
     except (*NOT_JSON, KeyError, TypeError, ValueError):
         return None
+
+
+def _files(body: bytes) -> list[str]:
+    """The traces that an instance says to have written."""
+    try:
+        return [name for name in msgspec.json.decode(body)["files"] if isinstance(name, str)]
+    except (*NOT_JSON, KeyError, TypeError):
+        return []
 
 
 def _models(body: bytes) -> list[dict[str, Any]]:

@@ -28,5 +28,6 @@ class RunnerConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    profile_dir: str = "/tmp"
     log: LogConfig = field(default_factory=LogConfig)
     fault: str = ""

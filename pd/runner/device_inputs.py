@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pd.kernels.attention import DeviceBatch, PromptRow, prompt_tiles
+from pd.kernels.attention import DeviceBatch, PromptRow
 from pd.kernels.step_rows import StepRows
 from pd.runner.inputs import Int32, Row
 
@@ -116,7 +116,7 @@ class InputBuilder:
         """`rows`: the first `decode` of one token each, in the order's order."""
         tokens = rows[-1].start + rows[-1].count
         prompts = tuple(PromptRow(row.start, row.count, row.end) for row in rows[decode:])
-        tiles = prompt_tiles(prompts) if prompts else np.empty(0, dtype=np.int32)
+        tiles = np.empty((0, 2), dtype=np.int32)
         wanted = [row for row in rows if row.sample]
         packed = Packed(
             row_fields(len(rows), tokens)

@@ -208,7 +208,9 @@ class DeviceWorker:
         else:
             arrays = self._inputs.build(rows, _decode_rows(rows), grown)
             prepare_rows(self._state.state, arrays.rows, self._pool.shape.tokens)
-            hidden = self._model.forward(arrays.rows.tokens, arrays.batch(self._state.arrivals, self._by_torch), self._pool.layers)
+            hidden = self._model.forward(
+                arrays.rows.tokens, arrays.batch(self._state.arrivals, self._by_torch), self._pool.layers
+            )
             launched.prompts = self._prompt_logprobs(rows, hidden)
             if wanted:
                 logits = self._model.logits(hidden.index_select(0, arrays.sample_rows))

@@ -24,8 +24,10 @@ from pd.messages import (
     RunnerReady,
     RunnerToScheduler,
     SchedulerToRunner,
+    StartProfile,
     StepDone,
     StepOrder,
+    StopProfile,
 )
 from pd.models.info import check_model
 from pd.plugins import Plugins, load_plugins
@@ -33,6 +35,7 @@ from pd.runner.config import RunnerConfig
 from pd.runner.device import mib, open_device
 from pd.runner.ends import StepEnds
 from pd.runner.grammar import Grammars
+from pd.runner.profiler import Profiler
 from pd.runner.transfer import HIGH_WATER, command_port, make_engine, open_backend
 from pd.transfer.digest import DIGEST_NAME
 from pd.transfer.engine import TransferEngine
@@ -117,7 +120,9 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             context.report_ready({"num_blocks": runner.ready.num_blocks, "block_bytes": runner.ready.block_bytes})
             plugins.process_started("runner", config)
             resources.callback(plugins.process_stopping, "runner")
-            serve(channel, runner, context, alarm, FaultPoints.of(config.fault))
+            profiler = Profiler(_label(config), config.profile_dir, lambda said: channel.send(said, SEND_TIMEOUT))
+            resources.callback(profiler.close)
+            serve(channel, runner, context, alarm, profiler, FaultPoints.of(config.fault))
         except Exception as error:
             channel.send(RunnerFailed(config.rank, _one_line(error)), SEND_TIMEOUT)
             raise
@@ -183,12 +188,21 @@ def serve(
     runner: Runner,
     context: ChildContext,
     alarm: Alarm,
+    profiler: Profiler,
     faults: FaultPoints | None = None,
 ) -> None:
     """Execute orders as they come; returns when a stop is requested."""
     poller = zmq.Poller()
     ends, pushing = runner.ends, deque[bool]()
-    for source in (channel.link.socket, context.stop_fd, alarm.fd, runner.grammars.compiled_fd, ends.fd):
+    readable = (
+        channel.link.socket,
+        context.stop_fd,
+        alarm.fd,
+        runner.grammars.compiled_fd,
+        profiler.written_fd,
+        ends.fd,
+    )
+    for source in readable:
         poller.register(source, zmq.POLLIN)
     while not context.stop_requested():
         alarm.check()
@@ -199,16 +213,26 @@ def serve(
             if pushing.popleft() and faults is not None:  # they are on their way, and nobody knows yet
                 faults.reached("push")
             channel.send(done, SEND_TIMEOUT)
+        profiler.written()
         order = channel.recv(0)
         if order is None:
             poller.poll()
         elif isinstance(order, GrammarCompile):
             runner.grammars.compile(order)
+        elif isinstance(order, StartProfile | StopProfile):
+            profiler.command(order)
         else:
+            profiler.before(order)
             if faults is not None:
                 faults.reached("step")
             pushing.append(bool(order.pushes))
             runner.worker.launch(order)
+            profiler.after()
+
+
+def _label(config: RunnerConfig) -> str:
+    """How its traces call it: INSTANCE-ROLE-rankN."""
+    return f"{config.identity.rsplit('/', 2)[0]}-{config.role}-rank{config.rank}"
 
 
 def _one_line(error: Exception) -> str:

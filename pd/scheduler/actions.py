@@ -24,6 +24,13 @@ class CompileGrammar:
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """To the runner, between two steps."""
+
+    message: m.ProfileCommand
+
+
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """To the runner's transfer socket."""
 
@@ -95,6 +102,7 @@ class Exit:
 Action: TypeAlias = (
     RunStep
     | CompileGrammar
+    | Profile
     | Transfer
     | Reply
     | OpenSession

@@ -41,6 +41,15 @@ class Commanded:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileAsked:
+    """An operator's wish that the runner is to carry out."""
+
+    now: float
+    worker: int
+    command: m.ProfileCommand
+
+
+@dataclass(frozen=True, slots=True)
 class ApiLost:
     """An api worker died: its requests have no client any more."""
 
@@ -71,6 +80,12 @@ class GrammarCompiled:
     now: float
     number: int
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSaid:
+    now: float
+    message: m.ProfileAnswer | m.ProfileBusy
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +157,13 @@ Event: TypeAlias = (
     | AbortRequested
     | Asked
     | Commanded
+    | ProfileAsked
     | ApiLost
     | DrainRequested
     | RunnerUp
     | StepFinished
     | GrammarCompiled
+    | ProfileSaid
     | RunnerDied
     | TransferSaid
     | HelloReceived

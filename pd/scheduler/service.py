@@ -139,7 +139,7 @@ class Service:
         match action:
             case ac.RunStep(order):
                 self._to_runner(self.steps, order)
-            case ac.CompileGrammar(message):
+            case ac.CompileGrammar(message) | ac.Profile(message):
                 self._to_runner(self.steps, message)
             case ac.Reply(worker, message):
                 self._reply(worker, message)
@@ -209,6 +209,8 @@ class Service:
                     self.apply(ev.Asked(now, worker, message))
                 case m.AbortMatching() | m.Pause() | m.Continue():
                     self.apply(ev.Commanded(now, worker, message))
+                case m.StartProfile() | m.StopProfile():
+                    self.apply(ev.ProfileAsked(now, worker, message))
                 case m.Drain(bound_ms):
                     self.apply(ev.DrainRequested(now, bound_ms / 1000))
 
@@ -224,6 +226,8 @@ class Service:
                     self.apply(ev.StepFinished(self.clock(), message))
                 case m.GrammarCompiled(number, problem):
                     self.apply(ev.GrammarCompiled(self.clock(), number, problem))
+                case m.ProfileAnswer() | m.ProfileBusy():
+                    self.apply(ev.ProfileSaid(self.clock(), message))
                 case m.RunnerReady():
                     self.apply(ev.RunnerUp(self.clock(), message))
                 case m.RunnerFailed(_, reason):

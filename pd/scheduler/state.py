@@ -24,6 +24,7 @@ from pd.scheduler.core import Core, SchedulerSettings
 from pd.scheduler.decode_side import DecodeSide
 from pd.scheduler.operate import Operator
 from pd.scheduler.prefill_side import PrefillSide, split_digests
+from pd.scheduler.profile import Profiling
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 from pd.scheduler.transfer_watch import TransferWatch
 from pd.types import MAX_CHOICES, FinishReason, InstanceState, Role
@@ -48,17 +49,19 @@ class Scheduler:
         self._watch: TransferWatch | None = None
         self._drain_by = float("inf")
         self._exited = False
-        self.operator = Operator(self.out)
+        self.operator, self.profiling = Operator(self.out), Profiling(self.out)
         self._handlers: dict[type, Callable[[Any], None]] = {
             ev.RequestSubmitted: self._submitted,
             ev.AbortRequested: self._abort,
             ev.Asked: self._asked,
             ev.Commanded: self.operator.command,
+            ev.ProfileAsked: self.profiling.asked,
             ev.ApiLost: self._api_lost,
             ev.DrainRequested: self._drain,
             ev.RunnerUp: self._runner_up,
             ev.StepFinished: self._step_finished,
             ev.GrammarCompiled: self._grammar_compiled,
+            ev.ProfileSaid: self.profiling.said,
             ev.RunnerDied: self._runner_died,
             ev.TransferSaid: self._transfer_said,
             ev.HelloReceived: self._hello,
@@ -108,6 +111,7 @@ class Scheduler:
         self.choices = Choices(core, self.decode)
         self._reporter = report.Reporter(core, self.decode, self.prefill)
         self.operator.attach(core, self.choices, self._reporter, self.admission)
+        self.profiling.attach()
         if self.settings.role is not Role.UNIFIED:
             self._watch = TransferWatch((event.ready.rank,), self.settings.scheduler.step_timeout)
         if self.state is InstanceState.STARTING:
@@ -451,9 +455,10 @@ class Scheduler:
     def _hung(self, core: Core, now: float) -> str:
         """Why the runner is taken for dead although its connection stands, or ""."""
         flights, bound = core.batcher.inflight, self.settings.scheduler.step_timeout
-        if flights and now - flights[0].at > bound:
+        since = self.profiling.quiet_since(now)
+        if flights and now - max(flights[0].at, since) > bound:
             return f"step {flights[0].step} takes longer than {bound:g} s"
-        return self._watch.problem(now) if self._watch is not None else ""
+        return self._watch.problem(now, since) if self._watch is not None else ""
 
     def _tick(self, event: ev.Tick) -> None:
         if self._exited:

@@ -76,10 +76,10 @@ class TransferWatch:
                 self._first_since = now
             del self._awaited[key]
 
-    def problem(self, now: float) -> str:
-        """Why the runner is taken for dead, or ""."""
+    def problem(self, now: float, since: float = 0.0) -> str:
+        """Why the runner is taken for dead, or ""; it could not answer before `since`."""
         for (command, peer, _), awaited in self._awaited.items():
-            if now - max(awaited.at, self._first_since) > self._bound:
+            if now - max(awaited.at, self._first_since, since) > self._bound:
                 return f"the transfer thread has not answered {command.__name__} of {peer} for {self._bound:g} s"
             break
         return ""

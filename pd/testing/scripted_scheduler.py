@@ -23,11 +23,14 @@ from pd.messages import (
     InstanceInfo,
     LogprobRow,
     Pause,
+    ProfileCommand,
     PromptLogprobs,
     Rejected,
     SchedulerToApi,
     Started,
+    StartProfile,
     StepOutputs,
+    StopProfile,
     Submit,
     TokenLogprobs,
     TopLogprobs,
@@ -164,6 +167,8 @@ class ScriptedScheduler:
         self.aborts: list[Abort] = []
         self.asks: list[Ask] = []
         self.commands: list[Command] = []
+        self.profiles: list[ProfileCommand] = []
+        self.profile_answer: dict[str, object] = {"problem": "", "param": "", "files": ["/a"], "status": 400}
         self.paused = False
         self.answers: dict[str, dict[str, object]] = {
             "info": {},
@@ -197,6 +202,9 @@ class ScriptedScheduler:
                         self.channel.send_nowait(Answer(message.token, self.answers[message.what]))
                 elif isinstance(message, AbortMatching | Pause | Continue):
                     self._command(message)
+                elif isinstance(message, StartProfile | StopProfile):
+                    self.profiles.append(message)
+                    self.channel.send_nowait(Answer(message.token, self.profile_answer))
 
     def _command(self, command: Command) -> None:
         """Carried out as the real one does, on the requests whose reply is not over."""

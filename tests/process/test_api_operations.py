@@ -10,7 +10,7 @@ from api_kit import encode, events, says, serving
 import pd
 from pd.api.context import Limits
 from pd.api.metrics import Latencies
-from pd.messages import AbortMatching, Continue, Finish, Pause
+from pd.messages import AbortMatching, Continue, Finish, Pause, ProfileWish, StartProfile
 from pd.testing import tiny_tokenizer
 from pd.testing.scripted_scheduler import Reply, tokens_of
 from pd.types import FinishReason, InstanceState
@@ -226,12 +226,20 @@ def test_a_pause_reaches_the_scheduler_and_shows(run_async, model):
     run_async(main())
 
 
-def test_there_is_no_profiler_and_it_says_so(run_async, model):
+def test_a_profile_is_asked_of_the_runner_as_sglang_writes_it(run_async, model):
     async def main():
         async with serving(model, says("x")) as at:
-            for path in ("/start_profile", "/stop_profile"):
-                answer = await at.client.post(path)
-                assert answer.status_code == 501 and answer.json()["error"]["code"] == "not_implemented"
+            body = {"activities": ["CPU"], "num_steps": "5", "output_dir": "/d", "start_step": "7"}
+            body |= {"profile_by_stage": False, "profile_stages": None, "profile_prefix": None, "merge_profiles": False}
+            assert (await at.client.post("/start_profile", json=body)).status_code == 200
+            assert (await at.client.get("/start_profile")).status_code == 200
+            stopped = await at.client.post("/stop_profile", json={"start_step": "7"})
+            assert stopped.json() == {"success": True, "message": "profiling has stopped", "files": ["/a"]}
+            wishes = [message.wish for message in at.scheduler.profiles if isinstance(message, StartProfile)]
+            assert wishes == [ProfileWish(("CPU",), "/d", num_steps=5, start_step=7), ProfileWish()]
+            at.scheduler.profile_answer = {"problem": "no disk", "param": "", "files": [], "status": 500}
+            refused = await at.client.post("/stop_profile")
+            assert refused.status_code == 500 and refused.json()["error"]["message"] == "no disk"
 
     run_async(main())
 

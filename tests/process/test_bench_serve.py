@@ -41,6 +41,8 @@ class Fake:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.profiles: list[tuple[str, Any, int]] = []  # path, body, requests so far
+        self.no_profile = 200
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self.models),
@@ -48,6 +50,8 @@ class Fake:
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/chat/completions", self.completions, methods=["POST"]),
                 Route("/generate", self.generate, methods=["POST"]),
+                Route("/start_profile", self.profile, methods=["POST"]),
+                Route("/stop_profile", self.profile, methods=["POST"]),
             ]
         )
 
@@ -65,6 +69,11 @@ class Fake:
 
     async def generate(self, request: Request) -> Response:
         return StreamingResponse(self._native(await self._keep(request)), media_type="text/event-stream")
+
+    async def profile(self, request: Request) -> Response:
+        self.profiles.append((request.url.path, await request.json(), len(self.bodies)))
+        assert request.headers["authorization"] == "Bearer s3cret"
+        return JSONResponse({"files": ["/d/a.gz"]}, status_code=self.no_profile)
 
     async def _keep(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = await request.json()
@@ -231,6 +240,66 @@ def test_a_cap_on_concurrency_is_kept_and_reported(server: tuple[str, Fake], tmp
     entry = json.loads((tmp_path / "o.json").read_text())["runs"][0]
     assert entry["concurrency"] == {"peak": 2, "cap": 2, "held": 4}
     assert "not an open loop" in entry["warnings"][0]
+
+
+PROFILE = ("--rate", "inf", "--num-requests", "3", "--input-len", "4", "--output-len", "3", "--warmup", "1")
+SECRET = ("--header", "Authorization: Bearer s3cret")
+
+
+def test_the_instances_of_one_leg_record_while_the_load_runs(
+    server: tuple[str, Fake], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, fake = server
+    fake.bodies.clear()
+    fake.profiles.clear()
+    flags = (
+        "--profile --pd-separated --profile-activities CPU GPU --profile-steps 7 --profile-prefix p --profile-by-stage"
+    )
+    more = ("--profile-prefix", "p", "--profile-by-stage")
+    where = ("--profile-prefill-url", url, f"{url}/", "--profile-output-dir", "traces", "--json", str(tmp_path / "o"))
+    assert bench("http://127.0.0.1:1", *PROFILE, *SECRET, *flags.split(), *more, *where, "--model", "m") == 1
+    assert fake.profiles[0][1] == {
+        "activities": ["CPU", "GPU"],
+        "num_steps": 7,
+        "profile_by_stage": True,
+        "output_dir": str(Path("traces").absolute()),
+        "profile_prefix": "p",
+    }
+    paths = [path for path, _, _ in fake.profiles]
+    assert paths == ["/start_profile"] * 2 + ["/stop_profile"] * 2
+    assert json.loads((tmp_path / "o").read_text())["config"]["profile"]["urls"] == [["prefill", url]] * 2
+    fake.profiles.clear()
+    assert bench(url, *PROFILE, *SECRET, "--profile") == 0
+    assert fake.profiles == [("/start_profile", {}, 1), ("/stop_profile", {}, 4)], "around the load, after the warm-up"
+    assert f"profile of target {url}: /d/a.gz" in capsys.readouterr().err
+    fake.no_profile = 400
+    with pytest.raises(ConfigError, match=r"--profile: target .*HTTP 400"):
+        bench(url, *PROFILE, *SECRET, "--profile")
+    fake.no_profile = 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--pd-separated", "--pd-separated"),
+        ("--profile-prefill-url http://a:1", "--profile-prefill-url"),
+        ("--profile-num-steps 0", "--profile-num-steps"),
+        ("--profile-output-dir d", "--profile-output-dir"),
+        ("--profile --pd-separated", "--pd-separated"),
+        ("--profile --profile-decode-url http://a:1", "--profile-decode-url"),
+        ("--profile --pd-separated --profile-decode-url http://a:1 --profile-prefill-url http://b:1", "-decode-url"),
+        ("--profile --pd-separated --profile-decode-url a", "--profile-decode-url"),
+        ("--profile --profile-steps 0", "--profile-num-steps"),
+        ("--profile --profile-stages decode", "--profile-stages"),
+        ("--profile --profile-activities MEM", "--profile-activities"),
+    ],
+)
+def test_a_profile_flag_acts_or_is_refused_by_name(flags: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main(["http://127.0.0.1:1", "--rate", "1", *flags.split()]) == 2
+    except SystemExit as error:
+        assert error.code == 2
+    assert named in capsys.readouterr().err
 
 
 def test_a_dead_server_fails_every_request_or_leaves_the_model_unknown(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import resource
 import sys
+from collections.abc import AsyncIterator
 from typing import IO, Any
 
 import uvloop
@@ -17,6 +19,7 @@ from pd.bench.serve.load import Load, RunResult, warm_up
 from pd.bench.serve.metrics import latencies, summarise
 from pd.bench.serve.options import Options
 from pd.bench.serve.plan import Run, plan_runs
+from pd.bench.serve.record import Recording
 from pd.bench.serve.report import document, print_report, write_json, write_record
 from pd.bench.serve.requests import Target, discover
 from pd.errors import ConfigError
@@ -32,6 +35,7 @@ class _Bench:
         self.entries: list[dict[str, Any]] = []
         self.target: Target | None = None
         self.last: RunResult | None = None
+        self.profiled = True  # or there is nothing to profile
 
     async def execute(self, record: IO[bytes] | None) -> None:
         """Find the target, warm it up and run every load level."""
@@ -43,15 +47,33 @@ class _Bench:
                 problems = await warm_up(client, self._runs[0].warmup(self._options.warmup), target, self._options)
                 for problem in problems[:3]:
                     self._notes.print(f"warm-up failed: {problem}", style="yellow", markup=False)
-            for run in self._runs:
-                self.last = await Load(client, run, target, self._options).execute()
-                self.entries.append(summarise(self.last, self._options))
-                if record is not None:
-                    write_record(record, self.last, target, self._options)
-                if self._options.json_path is not None:
-                    write_json(self._options.json_path, self._document(target))
+            async with self._profile():
+                for run in self._runs:
+                    self.last = await Load(client, run, target, self._options).execute()
+                    self.entries.append(summarise(self.last, self._options))
+                    if record is not None:
+                        write_record(record, self.last, target, self._options)
+                    if self._options.json_path is not None:
+                        write_json(self._options.json_path, self._document(target))
         finally:
             client.close()
+
+    @contextlib.asynccontextmanager
+    async def _profile(self) -> AsyncIterator[None]:
+        """Every run is in the trace; the warm-up is not."""
+        if self._options.profile is None:
+            yield
+            return
+        note = functools.partial(self._notes.print, markup=False, highlight=False, soft_wrap=True)
+        recording = Recording(self._options.profile, self._options, note)
+        try:
+            await recording.start()
+            try:
+                yield
+            finally:
+                self.profiled = await recording.stop()
+        finally:
+            recording.close()
 
     def _document(self, target: Target) -> dict[str, Any]:
         return document(self._options, target, self.entries, self._started)
@@ -70,7 +92,10 @@ class _Bench:
 
 
 def run_bench(options: Options) -> int:
-    """Exit code: 0 done, 1 every request of every run failed, 130 interrupted. Raises ConfigError."""
+    """Exit code: 0 done; 1 every request of every run failed, or a profile is lost; 130 interrupted.
+
+    Raises ConfigError.
+    """
     runs = plan_runs(options)
     _check_warmup(options, runs)
     _raise_file_limit()
@@ -89,7 +114,7 @@ def run_bench(options: Options) -> int:
         _plot(options, bench)
     if interrupted:
         return 130
-    return 0 if any(entry["completed"] for entry in bench.entries) else 1
+    return 0 if bench.profiled and any(entry["completed"] for entry in bench.entries) else 1
 
 
 def _plot(options: Options, bench: _Bench) -> None:

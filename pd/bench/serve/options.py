@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from pd.bench.serve.flags import base_url, flag_of
+from pd.bench.serve.profile import ProfileOptions, add_profile_arguments, resolve_profile
 from pd.errors import ConfigError
 
 ENDPOINTS = ("completions", "chat", "generate")
@@ -54,6 +55,7 @@ class Options:
     token_range: tuple[int, int] | None  # [lo, hi)
     return_token_ids: bool
     progress: bool
+    profile: ProfileOptions | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_load_arguments(parser.add_argument_group("load"))
     _add_sampling_arguments(parser.add_argument_group("prompts and sampling"))
     _add_report_arguments(parser.add_argument_group("report"))
+    add_profile_arguments(parser.add_argument_group("profile (the flags of SGLang's benchmark)"))
 
 
 def _add_load_arguments(load: argparse._ArgumentGroup) -> None:
@@ -136,8 +139,9 @@ def resolve(args: argparse.Namespace) -> Options:
     _check_combinations(args)
     rates = _floats("--rate", args.rate, allow_inf=True) if args.rate is not None else ()
     trace = _readable("--trace", args.trace) if args.trace is not None else None
+    url = _url(args)
     return Options(
-        url=_url(args),
+        url=url,
         model=args.model,
         endpoint=args.endpoint,
         rates=rates,
@@ -165,6 +169,7 @@ def resolve(args: argparse.Namespace) -> Options:
         token_range=_token_range(args.token_range),
         return_token_ids=args.return_token_ids,
         progress=not args.no_progress,
+        profile=resolve_profile(args, url),
     )
 
 
@@ -177,7 +182,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
     if args.trace is None:
         for flag in ("rows", "length_scale", "time_scale"):
             if getattr(args, flag) is not None:
-                raise ConfigError(_flag(flag), "acts on a trace only", "add --trace FILE")
+                raise ConfigError(flag_of(flag), "acts on a trace only", "add --trace FILE")
     else:
         for flag, instead in (
             ("num_requests", "--rows"),
@@ -185,7 +190,7 @@ def _check_combinations(args: argparse.Namespace) -> None:
             ("output_len", "--length-scale"),
         ):
             if getattr(args, flag) is not None:
-                raise ConfigError(_flag(flag), "the trace decides this", f"use {instead}")
+                raise ConfigError(flag_of(flag), "the trace decides this", f"use {instead}")
     if args.time_scale is not None and args.rate is not None:
         raise ConfigError("--time-scale", "--rate replaces the trace's arrival times", "give one of the two")
     if args.endpoint == "chat" and (args.vocab_size is not None or args.token_range is not None):
@@ -197,24 +202,13 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise ConfigError("--return-token-ids", "is not a parameter of /generate", "leave it out")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _url(args: argparse.Namespace) -> str:
     if args.url is not None and args.url_flag is not None:
         raise ConfigError("--url", "the URL is given twice", "give it once")
     url = (args.url if args.url is not None else args.url_flag) or ""
     if not url:
         raise ConfigError("--url", "no URL", "give a base URL such as http://127.0.0.1:8000")
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment:
-        raise ConfigError("--url", f"{url!r} is not a base URL", "give one such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return base_url("--url", url).removesuffix("/v1").rstrip("/")
 
 
 def _floats(flag: str, text: str, allow_inf: bool = False) -> tuple[float, ...]:

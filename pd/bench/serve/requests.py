@@ -29,8 +29,8 @@ class Target:
     range_source: str  # where the range comes from, for the report
 
 
-class _Body:
-    """A Sink that collects one small answer."""
+class SmallAnswer:
+    """A Sink that collects one answer."""
 
     def __init__(self) -> None:
         self.status, self.data = 0, b""
@@ -74,7 +74,7 @@ def _first_model(models: Any, options: Options) -> str | None:
 
 async def _get_json(client: Client, path: str) -> Any:
     """The decoded answer, or None: a server may lack the page."""
-    answer = _Body()
+    answer = SmallAnswer()
     try:
         await client.get(path, answer)
         return msgspec.json.decode(answer.data) if answer.status == 200 else None
