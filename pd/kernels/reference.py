@@ -45,7 +45,12 @@ def rope_tables(
 
 
 def rope_write_kv(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: LayerKv, batch: AttentionBatch | DeviceBatch, norm: QkNorm | None
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv: LayerKv,
+    batch: AttentionBatch | DeviceBatch,
+    norm: QkNorm | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = qkv.shape[0]
     kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
