@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from pd.kernels import reference
+from pd.kernels.attention_plan import fresh_length
 
 
 class LayerKv(NamedTuple):
@@ -94,6 +96,11 @@ class DeviceBatch:
     tiles: torch.Tensor | None = None
     arrivals: torch.Tensor | None = None
     by_torch: bool = False  # without kernels, for comparison
+
+    @cached_property
+    def fresh(self) -> tuple[PromptRow, ...]:
+        """Prompts without a prefix whose length suits cuDNN."""
+        return tuple(prompt for prompt in self.prompts if fresh_length(prompt))
 
 
 def paged_attention(

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from pd.kernels.attention import PromptRow
+
+#: Queries x heads of a group in a tile of prompt attention: what the two warp groups of a program on a Hopper multiply.
+TILE_ROWS = 128
+
+#: Lengths of prompts without a prefix that cuDNN attends to. It plans anew for each length and thread (some 0.4 s), so
+#: prompts a little shorter are padded; others are left to the paged kernel, as are those too short to gain.
+FRESH_LENGTHS = (1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384)
+
+#: Least share of a length that a prompt fills: cost grows with the square, and cuDNN is not twice as fast.
+FRESH_SHARE = 0.85
 
 
 class DecodeSplit(NamedTuple):
@@ -31,3 +48,36 @@ def decode_split(rows: int, kv_heads: int, processors: int) -> DecodeSplit:
     """By what is known when a graph is captured: lengths are not, so each program finds its own share."""
     each = rows * kv_heads / processors
     return next(split for most, split in SPLITS if each <= most)
+
+
+def fresh_length(prompt: PromptRow) -> int:
+    """The length in which cuDNN attends to this prompt; 0 if it does not."""
+    if prompt.count != prompt.context:
+        return 0
+    length = next((length for length in FRESH_LENGTHS if length >= prompt.count), 0)
+    return length if prompt.count >= length * FRESH_SHARE else 0
+
+
+def tile_tokens(group: int) -> int:
+    """Tokens of a prompt in one tile, where `group` query heads share a kv head."""
+    return max(1, TILE_ROWS // group)
+
+
+def prompt_tiles(prompts: Sequence[PromptRow], group: int) -> npt.NDArray[np.int32]:
+    """int32[n, 2], (index of a prompt, its first token in the tile): all prompts in tiles of `tile_tokens(group)`.
+
+    Tiles of prompts that cuDNN can attend to (`fresh_length`) come last, and are left out where it does. Both parts
+    begin with what takes longest.
+    """
+    tokens = tile_tokens(group)
+    counts = [tile_count(prompt, tokens) for prompt in prompts]
+    index = np.repeat(np.arange(len(prompts), dtype=np.int32), counts)
+    first = np.concatenate([np.arange(count, dtype=np.int32) * tokens for count in counts] or [index])
+    before = np.array([prompt.context - prompt.count for prompt in prompts], dtype=np.int32)
+    fresh = np.array([fresh_length(prompt) > 0 for prompt in prompts], dtype=bool)
+    order = np.lexsort((-(before[index] + first), fresh[index]))
+    return np.column_stack((index, first))[order]
+
+
+def tile_count(prompt: PromptRow, tokens: int) -> int:
+    return -(-prompt.count // tokens)

@@ -53,16 +53,20 @@ def kv_blocks(table, tokens, seen, PAGE: tl.constexpr):
 def kv_tile(cache, ids, tokens, seen, block_stride, token_stride, PAGE: tl.constexpr, DIM: tl.constexpr):
     """[tokens, D] of one head (`cache` points to it), D being DIM rounded up to a power of two.
 
-    Where `seen` is false nothing is read and all is 0: what lies beyond a row's tokens may be NaN.
+    Where `seen` is false nothing is read and all is 0: what lies beyond a row's tokens may be NaN. None is true.
     """
     WIDTH: tl.constexpr = triton.next_power_of_2(DIM)
     dims = tl.arange(0, WIDTH)
     places = cache + ids * block_stride + (tokens % PAGE) * token_stride
     pointers = places[:, None] + dims[None, :]
-    if DIM != WIDTH:
-        tile = tl.load(pointers, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
-    else:
+    if seen is None and DIM == WIDTH:
+        tile = tl.load(pointers)
+    elif seen is None:
+        tile = tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    elif DIM == WIDTH:
         tile = tl.load(pointers, mask=seen[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=seen[:, None] & (dims < DIM)[None, :], other=0.0)
     return tile
 
 

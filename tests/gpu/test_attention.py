@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from pd.kernels.attention import DeviceBatch, LayerKv, paged_attention
+from pd.kernels.attention import LayerKv, paged_attention
 from pd.kernels.attention_plan import DecodeSplit
 from pd.kernels.attention_triton import decode_attention
 from pd.kernels.reference import paged_attention_device
@@ -60,7 +64,7 @@ def spread(case: Case, blocks: int) -> Case:
     pool = torch.zeros(blocks, 2, *inner, dtype=kv.k.dtype, device=kv.k.device)
     pool[-count:, 0], pool[-count:, 1] = kv
     tables = batch.tables + (blocks - count)
-    moved = DeviceBatch(**{**vars(batch), "tables": tables})
+    moved = replace(batch, tables=tables)
     return Case(heads, LayerKv(pool[:, 0], pool[:, 1]), moved)
 
 
@@ -85,3 +89,41 @@ def test_a_captured_decode_step_follows_lengths_that_change() -> None:
         batch.lengths.copy_((lengths * part).int())
         graph.replay()
         check(case, out)
+
+
+PROMPTS = [(1, 700), (1, 0), (17, 17), (128, 128), (600, 8600), (33, 70), (1000, 1000), (300, 20_300), (2, 40)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("window", [0, 1, 100, 4096])
+def test_prompts_and_decode_rows_share_a_batch(dtype: torch.dtype, head_dim: int, window: int) -> None:
+    case = attention_case(PROMPTS, group=4, kv_heads=2, head_dim=head_dim, page=32, dtype=dtype, device="cuda")
+    assert case.batch.fresh
+    check(case, paged_attention(*case, SCALE, window), window)
+
+
+@pytest.mark.parametrize(("group", "kv_heads"), [(1, 5), (7, 4), (8, 1), (20, 2)])
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_prompts_take_any_number_of_heads_and_blocks_of_any_size(group: int, kv_heads: int, page: int) -> None:
+    case = attention_case(PROMPTS, group=group, kv_heads=kv_heads, page=page, dtype=torch.bfloat16, device="cuda")
+    check(case, paged_attention(*case, SCALE))
+
+
+@pytest.mark.parametrize("count", [900, 1024, 2048, 8100, 8192])
+def test_cudnn_takes_a_prompt_without_a_prefix_as_it_lies(count: int) -> None:
+    case = attention_case([(count, count)], kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda")
+    heads = case.heads
+    out = paged_attention(*case, SCALE)
+    check(case, out)
+    assert out.is_contiguous()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # an error where it does not take these strides
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in heads)
+        scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_prompts_in_blocks_beyond_32_bits_of_offset_are_found() -> None:
+    rows = [(90, 90), (500, 3000)]
+    case = attention_case(rows, kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda")
+    far = spread(case, 41_000)
+    check(far, paged_attention(*far, SCALE))

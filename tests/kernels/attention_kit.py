@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pd.kernels.attention import DeviceBatch, Heads, LayerKv, PromptRow
+from pd.kernels.attention_plan import prompt_tiles
 
 
 class Case(NamedTuple):
@@ -58,6 +59,7 @@ def attention_case(
         if count > 1:
             prompts.append(PromptRow(start, count, context))
         start += count
+    starts = [prompt.start for prompt in prompts] + [start]
     unused = torch.empty(0, dtype=torch.int32)
     batch = DeviceBatch(
         positions=unused,
@@ -67,6 +69,8 @@ def attention_case(
         lengths=torch.tensor([context for _, context in rows], dtype=torch.int32, device=device),
         decode=len(rows) - len(prompts),
         prompts=tuple(prompts),
+        starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        tiles=torch.from_numpy(prompt_tiles(prompts, group)).to(device),
         arrivals=torch.zeros(len(rows) * kv_heads, dtype=torch.int32, device=device) if arrivals else None,
     )
     return Case(heads, kv, batch)

@@ -8,6 +8,8 @@ pytest.importorskip("triton")
 
 import torch
 
+from pd.kernels.attention_plan import tile_tokens
+from pd.kernels.attention_prefill_triton import prompt_config, prompt_tile
 from pd.kernels.attention_triton import CHUNK, combine_parts, decode_config, decode_part
 from tests.kernels.aot import Compiled, compile_sm90
 
@@ -35,12 +37,12 @@ def compile_decode(
 
 @pytest.mark.parametrize("absent", [(), ("arrivals",), ("partial", "scales", "arrivals")], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_decode_uses_tensor_cores_and_leaves_room_for_five_programs(head_dim: int, absent: tuple[str, ...]) -> None:
+def test_decode_uses_tensor_cores_and_leaves_room_for_four_programs(head_dim: int, absent: tuple[str, ...]) -> None:
     compiled = compile_decode(head_dim=head_dim, absent=absent)
     compiled.check()
     assert compiled.count("HMMA") > 0
     assert compiled.count("LDGSTS.E.BYPASS.LTC128B.128") + compiled.count("LDGSTS.E.BYPASS.128") >= head_dim // 4
-    assert compiled.shared <= (227 << 10) // 5 and compiled.registers <= 65536 // (5 * 128)
+    assert compiled.shared <= (227 << 10) // 4 and compiled.registers <= 65536 // (4 * 128)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,36 @@ def test_the_combination_fits() -> None:
     signature = dict.fromkeys(("partial", "scales"), "*fp32:16") | {"out": "*bf16:16", "lengths": "*i32"}
     shape = {"GROUP": 4, "DIM": 128, "STEP": 64, "WINDOW": 0, "CHUNK": CHUNK}
     compile_sm90(combine_parts, signature | {"splits": "i32", "least": "i32"}, shape).check()
+
+
+def compile_prompt(dtype: str = "bf16", head_dim: int = 128, **constants: int) -> Compiled:
+    config = prompt_config(DTYPES[dtype], head_dim)
+    signature = (
+        dict.fromkeys(TENSORS, f"*{dtype}:16")
+        | STRIDES
+        | dict.fromkeys(("tables", "lengths", "starts", "tiles"), "*i32")
+        | {"table_stride": "i32", "decode": "i32", "scale": "fp32"}
+    )
+    group = constants.get("GROUP", 4)
+    shape = {"GROUP": group, "DIM": head_dim, "PAGE": 32, "WINDOW": 0}
+    tiles = {"TILE": tile_tokens(group), "ROWS": config.rows, "STEP": config.step}
+    precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    return compile_sm90(prompt_tile, signature, shape | tiles | precision | constants, config.warps, config.stages)
+
+
+@pytest.mark.parametrize("window", [0, 4096])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prompts_use_the_tensor_cores_of_warp_groups(head_dim: int, window: int) -> None:
+    compiled = compile_prompt(head_dim=head_dim, WINDOW=window)
+    compiled.check()
+    assert compiled.count("HGMMA") > 0 and compiled.count("HMMA") == 0
+    assert compiled.count("LDGSTS.E.BYPASS.LTC128B.128") + compiled.count("LDGSTS.E.BYPASS.128") >= head_dim // 8
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"dtype": "fp16"}, {"dtype": "fp32"}, {"head_dim": 256}, {"head_dim": 96}, {"GROUP": 7}, {"PAGE": 16}],
+    ids=str,
+)
+def test_prompts_fit_for_other_models(variant: dict[str, int]) -> None:
+    compile_prompt(**variant).check()  # type: ignore[arg-type]

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from pd.kernels.attention_plan import SPLITS, DecodeSplit, decode_split
+from pd.kernels.attention import PromptRow
+from pd.kernels.attention_plan import SPLITS, DecodeSplit, decode_split, fresh_length, prompt_tiles
 
 H200 = 132
 
@@ -39,3 +40,36 @@ def test_the_longest_context_keeps_every_processor_busy_at_any_batch() -> None:
 
 def test_more_rows_never_mean_shorter_parts() -> None:
     assert all(a[0] < b[0] and a[1].least <= b[1].least for a, b in itertools.pairwise(SPLITS))
+
+
+@pytest.mark.parametrize(
+    ("count", "context", "length"),
+    [
+        (8192, 8192, 8192),
+        (8000, 8000, 8192),
+        (900, 900, 1024),
+        (800, 800, 0),  # too much would be padding
+        (8192, 8193, 0),  # has a prefix
+        (20_000, 20_000, 0),
+        (2, 2, 0),
+    ],
+)
+def test_prompts_without_a_prefix_are_padded_to_few_lengths(count: int, context: int, length: int) -> None:
+    assert fresh_length(PromptRow(0, count, context)) == length
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 200])
+def test_tiles_cover_each_prompt_once_the_longest_first_and_those_for_cudnn_last(group: int) -> None:
+    prompts = [PromptRow(0, 100, 100), PromptRow(100, 2048, 2048), PromptRow(2148, 33, 5000), PromptRow(2181, 2, 2)]
+    tiles = prompt_tiles(prompts, group).tolist()
+    tokens = max(1, 128 // group)
+    assert sorted(tiles) == [[i, at] for i, prompt in enumerate(prompts) for at in range(0, prompt.count, tokens)]
+    fresh = [index == 1 for index, _ in tiles]
+    assert fresh == sorted(fresh)
+    for part in (False, True):
+        ends = [prompts[i].context - prompts[i].count + at for i, at in tiles if (i == 1) == part]
+        assert ends == sorted(ends, reverse=True)
+
+
+def test_no_prompts_make_no_tiles() -> None:
+    assert prompt_tiles([], 4).shape == (0, 2)

@@ -1,17 +1,21 @@
-"""Decode attention by the interpreted kernels, against the reference."""
+"""Attention by the interpreted kernels, against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from pd.kernels import attention_device, attention_plan
+from pd.kernels.attention import Heads, PromptRow
 from pd.kernels.attention_plan import DecodeSplit
+from pd.kernels.attention_prefill_triton import PromptConfig, prompt_attention
 from pd.kernels.attention_triton import DecodeConfig, decode_attention
 from pd.kernels.reference import paged_attention_device
 from tests.kernels.attention_kit import attention_case
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
-CONTEXTS = [(1, context) for context in (1, 15, 0, 16, 33, 64, 65, 130, 0)]
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3}
+CONTEXTS = [(1, context) for context in (1, 0, 16, 33, 64, 130, 0)]
 
 
 def check_decode(
@@ -27,11 +31,9 @@ def check_decode(
 
 
 @pytest.mark.parametrize("arrivals", [True, False], ids=["the last part combines", "a kernel combines"])
-@pytest.mark.parametrize("split", [None, *(DecodeSplit(*one) for one in ((1, 1), (2, 1), (5, 32), (12, 1)))])
-@pytest.mark.parametrize("window", [0, 1, 20, 64])
-def test_decode_rows_see_their_own_tokens_whatever_the_parts(
-    window: int, split: DecodeSplit | None, arrivals: bool
-) -> None:
+@pytest.mark.parametrize("split", [DecodeSplit(*one) for one in ((1, 1), (2, 1), (5, 32), (12, 1))], ids=str)
+@pytest.mark.parametrize("window", [0, 20])
+def test_decode_rows_see_their_own_tokens_whatever_the_parts(window: int, split: DecodeSplit, arrivals: bool) -> None:
     """More parts than a row has steps, and rows of one part beside rows of many."""
     check_decode(window, split, DecodeConfig(step=16), arrivals=arrivals)
 
@@ -42,7 +44,74 @@ def test_decode_reads_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
     check_decode(split=DecodeSplit(2, 1), page=page, dtype=dtype)
 
 
-@pytest.mark.parametrize(("group", "kv_heads"), [(1, 3), (7, 2), (8, 1), (20, 1)])
-@pytest.mark.parametrize("head_dim", [48, 64, 128])
+@pytest.mark.parametrize("window", [1, 64])
+def test_decode_windows_begin_anywhere(window: int) -> None:
+    check_decode(window, DecodeSplit(3, 1))
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (7, 2, 48), (8, 1, 64), (20, 1, 64)])
 def test_decode_takes_any_number_of_heads(group: int, kv_heads: int, head_dim: int) -> None:
     check_decode(split=DecodeSplit(3, 1), group=group, kv_heads=kv_heads, head_dim=head_dim)
+
+
+SPANS = [(1, 40), (1, 3), (1, 0), (5, 5), (2, 70), (70, 103), (41, 41)]  # decode rows, then prompts
+
+
+def check_prompts(window: int = 0, config: PromptConfig | None = None, **case: object) -> None:
+    heads, kv, batch = attention_case(SPANS, **case)  # type: ignore[arg-type]
+    assert batch.tiles is not None
+    out = torch.full(heads.q.shape, float("nan"), dtype=heads.q.dtype).flatten(1)
+    prompt_attention(heads.q, kv, batch, out, 0.2, window, batch.tiles, config)
+    expected = paged_attention_device(heads, kv, batch, 0.2, window)
+    torch.testing.assert_close(out[3:], expected[3:], atol=TOLERANCE[out.dtype], rtol=1e-5)
+    assert out[:3].isnan().all(), "decode rows are not touched"
+
+
+@pytest.mark.parametrize(("window", "step"), [(0, 16), (0, 64), (1, 16), (20, 16), (64, 64)])
+def test_prompt_tokens_see_what_came_before_them(window: int, step: int) -> None:
+    check_prompts(window, PromptConfig(rows=64, step=step))
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prompts_read_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
+    check_prompts(page=page, dtype=dtype)
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 2, 64), (7, 2, 48), (8, 1, 128), (20, 1, 64)])
+def test_prompts_take_any_number_of_heads(group: int, kv_heads: int, head_dim: int) -> None:
+    check_prompts(group=group, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def test_only_the_tiles_that_are_named_are_computed() -> None:
+    heads, kv, batch = attention_case(SPANS)
+    assert batch.tiles is not None
+    out = torch.full(heads.q.shape, float("nan")).flatten(1)
+    chosen = batch.tiles[batch.tiles[:, 0] == 2]
+    prompt_attention(heads.q, kv, batch, out, 0.2, 0, chosen)
+    written = torch.zeros(len(out), dtype=torch.bool)
+    written[batch.prompts[2].start :][: batch.prompts[2].count] = True
+    assert torch.equal(~out.isnan().any(1), written)
+
+
+@pytest.mark.parametrize("window", [0, 30, 500])
+@pytest.mark.parametrize("spans", [SPANS, [(41, 41)], [(48, 48)], [(1, 9), (48, 48), (30, 30), (90, 90)]], ids=str)
+def test_each_row_of_a_batch_gets_its_kernel(
+    spans: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but for cuDNN: prompts of about 48 tokens without a prefix go to torch's plain attention."""
+    monkeypatch.setattr(attention_plan, "FRESH_LENGTHS", (32, 48))
+    monkeypatch.setattr(attention_device, "BACKENDS", [SDPBackend.MATH])
+    served = []
+
+    def count(heads: Heads, prompt: PromptRow, scale: float) -> torch.Tensor:
+        served.append(prompt.count)
+        return fresh_attention(heads, prompt, scale)
+
+    fresh_attention = attention_device._fresh_attention
+    monkeypatch.setattr(attention_device, "_fresh_attention", count)
+    heads, kv, batch = attention_case(spans, dtype=torch.float16)
+    out = attention_device.paged_attention(heads, kv, batch, 0.2, window)
+    expected = paged_attention_device(heads, kv, batch, 0.2, window)
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=1e-3)
+    assert served == ([] if window == 30 else [n for n, context in spans if n == context and n in (30, 41, 48)])
