@@ -64,7 +64,8 @@ def make_worker(model: Model, pool: KvPool, info: ModelInfo, **options: Any) -> 
     if digest is not None:
         options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
     state = DeviceState(64, width, info.num_kv_heads, torch.device("cpu"))
-    return DeviceWorker(model, pool, state, vocab_size=info.vocab_size, **options)
+    group = info.num_heads // info.num_kv_heads
+    return DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
 
 
 class Driver:

@@ -10,6 +10,7 @@ import torch
 
 from pd.abc import DeviceMemory, TransferBackend
 from pd.errors import ConfigError
+from pd.kernels.attention import Heads
 from pd.messages import Push, StepDone, StepOrder
 from pd.models.checkpoint import read_checkpoint
 from pd.models.registry import Model
@@ -162,12 +163,15 @@ class Gpu:
             pool,
             state,
             vocab_size=info.vocab_size,
+            group=info.num_heads // info.num_kv_heads,
             rank=config.rank,
             digest=PoolDigests(pool.memory, DigestGeometry(pool.shape)),
             push=push,
             grammars=grammars,
             by_torch=by_torch,
         )
+        if not by_torch and info.dtype != "float32":
+            _plan_attention(info, self._device)
         for prompt in WARM_PROMPTS:
             warm_up(worker, min(prompt, info.context_length - 2))
         log("kernels compiled", seconds=round(time.monotonic() - started, 2))
@@ -180,6 +184,17 @@ class Gpu:
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
         return worker
+
+
+@torch.inference_mode()
+def _plan_attention(info: ModelInfo, device: torch.device) -> None:
+    """cuDNN makes a plan for each length of a prompt: now, and not while somebody waits."""
+    most = min(max(WARM_PROMPTS), info.context_length)
+    counts = info.num_heads, info.num_kv_heads, info.num_kv_heads
+    fused = torch.zeros(most, sum(counts), info.head_dim, dtype=TORCH_DTYPES[info.dtype], device=device)
+    from pd.kernels.attention_device import warm_fresh  # needs triton
+
+    warm_fresh(Heads(*fused.split(counts, dim=1)), info.head_dim**-0.5, most)
 
 
 class _Progress:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pd.kernels.attention import DeviceBatch, PromptRow
+from pd.kernels.attention_plan import prompt_tiles
 from pd.kernels.step_rows import StepRows
 from pd.runner.inputs import Int32, Row
 
@@ -109,14 +110,15 @@ def fill_prompts(host: Mapping[str, Int32], rows: Sequence[Row], page_size: int)
 class InputBuilder:
     """Packs steps that are not captured."""
 
-    def __init__(self, page_size: int, scratch: int, device: torch.device) -> None:
-        self._page, self._scratch, self._device = page_size, scratch, device
+    def __init__(self, page_size: int, group: int, scratch: int, device: torch.device) -> None:
+        """`group` query heads share a kv head."""
+        self._page, self._group, self._scratch, self._device = page_size, group, scratch, device
 
     def build(self, rows: Sequence[Row], decode: int, grown: Mapping[int, int]) -> StepArrays:
         """`rows`: the first `decode` of one token each, in the order's order."""
         tokens = rows[-1].start + rows[-1].count
         prompts = tuple(PromptRow(row.start, row.count, row.end) for row in rows[decode:])
-        tiles = np.empty((0, 2), dtype=np.int32)
+        tiles = prompt_tiles(prompts, self._group)
         wanted = [row for row in rows if row.sample]
         packed = Packed(
             row_fields(len(rows), tokens)

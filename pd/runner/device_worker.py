@@ -78,20 +78,21 @@ class DeviceWorker:
         state: DeviceState,
         *,
         vocab_size: int,
+        group: int,
         rank: int = 0,
         digest: LaunchDigests | None = None,
         push: Callable[[Push], None] | None = None,
         grammars: Grammars | None = None,
         by_torch: bool = False,
     ) -> None:
-        """`by_torch`: attention without kernels, for comparison."""
+        """`group` query heads share a kv head. `by_torch`: attention without kernels, for comparison."""
         self.table = RequestTable(pool.num_blocks)
         self._model, self._pool, self._state, self._vocab, self._rank = model, pool, state, vocab_size, rank
         self._digest, self._push, self._grammars = digest, push, grammars
         self._graphs: DecodeGraphs | None = None
         self._by_torch = by_torch
         self._device = state.state.last.device
-        self._inputs = InputBuilder(pool.shape.tokens, state.state.scratch, self._device)
+        self._inputs = InputBuilder(pool.shape.tokens, group, state.state.scratch, self._device)
         self._pending: deque[Launched] = deque()
         self._tell: Callable[[torch.cuda.Event | None], None] = lambda event: None
 

@@ -61,7 +61,9 @@ def run(model: str, ahead: bool, samplings: list[SamplingParams], steps: int = 2
     return [driver.tracks[key].emitted for key in sorted(driver.tracks)]
 
 
-@pytest.mark.parametrize("samplings", [SAMPLINGS, [GREEDY, WARM], [PENALISED, PENALISED]], ids=["mixed", "plain", "slow"])
+@pytest.mark.parametrize(
+    "samplings", [SAMPLINGS, [GREEDY, WARM], [PENALISED, PENALISED]], ids=["mixed", "plain", "slow"]
+)
 def test_one_step_ahead_samples_the_same_tokens(model: str, samplings: list[SamplingParams]) -> None:
     behind, ahead = run(model, False, samplings), run(model, True, samplings)
     assert ahead == behind
