@@ -60,12 +60,12 @@ def prepare_rows_kernel(
 
 @triton.jit
 def gather_sampling_kernel(
-    params, slots, lengths, temperature, top_p, min_p, top_k, choice, seed, position, rows, ROWS: tl.constexpr
+    table, slots, lengths, temperature, top_p, min_p, top_k, choice, seed, position, rows, ROWS: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
     slot = tl.load(slots + row, mask=mask, other=0)
-    mine = params + slot * 8
+    mine = table + slot * 8
     tl.store(temperature + row, tl.load(mine, mask=mask, other=0).to(tl.float32, bitcast=True), mask=mask)
     tl.store(top_p + row, tl.load(mine + 1, mask=mask, other=0).to(tl.float32, bitcast=True), mask=mask)
     tl.store(min_p + row, tl.load(mine + 2, mask=mask, other=0).to(tl.float32, bitcast=True), mask=mask)
