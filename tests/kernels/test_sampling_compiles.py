@@ -6,17 +6,26 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pd.kernels.sampling_triton import SMALL_TILE, TILE, WARPS, best_pass, pick_pass
+from pd.kernels.cuts_triton import CHUNK, CUT_WARPS, FEW, SURVEY_TILE, SURVEY_WARPS, cut_pass, survey_pass
+from pd.kernels.sampling_triton import BEST_WARPS, SMALL_TILE, TILE, WARPS, best_pass, pick_pass
 from tests.kernels.aot import compile_sm90
 
 COLUMNS = {
     "temperatures": "*fp32:16",
+    "top_ks": "*i32:16",
+    "top_ps": "*fp32:16",
+    "min_ps": "*fp32:16",
     "seeds": "*i64:16",
     "choices": "*i32:16",
     "positions": "*i32:16",
+    "cuts": "*fp32:16",
+    "last_ties": "*i32:16",
     "picks": "*i32:16",
     "highs": "*fp32:16",
+    "lows": "*fp32:16",
     "sums": "*fp32:16",
+    "counts": "*i32:16",
+    "few": "*fp32:16",
     "tokens": "*i32:16",
     "logprobs": "*fp32:16",
     "stride": "i32:16",
@@ -29,8 +38,10 @@ COLUMNS = {
 @pytest.mark.parametrize("tile", [SMALL_TILE, TILE])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_the_pass_over_the_logits_fits(tile: int, dtype: str, logprobs: bool) -> None:
-    constants = {"raw": None, "TILE": tile} | ({} if logprobs else dict.fromkeys(("highs", "sums")))
+@pytest.mark.parametrize("restricted", [False, True])
+def test_the_pass_over_the_logits_fits(tile: int, dtype: str, logprobs: bool, restricted: bool) -> None:
+    absent = ([] if logprobs else ["highs", "sums"]) + ([] if restricted else ["cuts", "last_ties"])
+    constants = {"raw": None, "TILE": tile} | dict.fromkeys(absent)
     compiled = compile_sm90(pick_pass, COLUMNS | {"logits": f"*{dtype}:16"}, constants, num_warps=WARPS[tile])
     compiled.check()
     columns = tile // (4 * 32 * WARPS[tile])
@@ -44,4 +55,14 @@ def test_the_pass_over_the_logits_fits(tile: int, dtype: str, logprobs: bool) ->
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_the_pass_over_the_picks_fits(logprobs: bool) -> None:
     constants = {"raw": None, "LANES": 128} | ({} if logprobs else dict.fromkeys(("highs", "sums", "logprobs")))
-    compile_sm90(best_pass, COLUMNS | {"logits": "*bf16:16"}, constants).check()
+    compile_sm90(best_pass, COLUMNS | {"logits": "*bf16:16"}, constants, num_warps=BEST_WARPS).check()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_passes_that_find_cuts_fit(dtype: str) -> None:
+    types = COLUMNS | {"logits": f"*{dtype}:16"}
+    compile_sm90(survey_pass, types, {"TILE": SURVEY_TILE}, num_warps=SURVEY_WARPS).check()
+    compiled = compile_sm90(cut_pass, types, {"LANES": 32, "CHUNK": CHUNK, "FEW": FEW}, num_warps=CUT_WARPS)
+    compiled.check()
+    assert compiled.registers <= 128, "a program of 16 warps"
+    assert compiled.count("LDG.E.U16") == 0
