@@ -49,11 +49,9 @@ def sample_rows(
         return _sample_rows(logits, sampling, restricted, logits if raw is None else raw, logprobs)
     if logits.stride(1) != 1 or (raw is not None and raw.stride(1) != 1):
         raise ValueError("a row's logits must be contiguous")
-    if restricted:
-        raise NotImplementedError("top-k, top-p and min-p on the GPU")
     from pd.kernels import sampling_triton
 
-    return sampling_triton.sample_rows(logits, sampling, raw, logprobs)
+    return sampling_triton.sample_rows(logits, sampling, restricted, raw, logprobs)
 
 
 def _sample_rows(

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pd.kernels.cuts_triton import COLDEST, LOG2_E, NONE, find_cuts
+
 if TYPE_CHECKING:
     from pd.kernels.sampling_device import DeviceSampling
 
@@ -20,18 +22,14 @@ if TYPE_CHECKING:
 SMALL_TILE, TILE = 1024, 4096
 SMALL_ROWS = 16
 WARPS = {SMALL_TILE: 4, TILE: 8}
+BEST_WARPS = 4
 
-#: A temperature below this is greedy.
-COLDEST = tl.constexpr(1e-5)
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _WORD = tl.constexpr(2.0**-32)
 _BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
 _ROUGH_WORD = tl.constexpr(2.0**-32 * (1.0 - 2.0**-23))  # never makes one
 _MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 _WEYL_0, _WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_NONE = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -85,7 +83,7 @@ def _gumbel(words):
 def _rough_gumbel(words):
     """uint32 -> Gumbel noise over log(2), plus a constant, off by less than 1e-4."""
     uniform = words.to(tl.float32) * _ROUGH_WORD + 0.5 * _ROUGH_WORD
-    series = uniform * (_LOG2_E + uniform * (0.5 * _LOG2_E))
+    series = uniform * (LOG2_E + uniform * (0.5 * LOG2_E))
     return -_fast_log2(tl.where(uniform < 2.0**-8, series, -_fast_log2(1.0 - uniform)))
 
 
@@ -112,8 +110,9 @@ def _words_of(seed, choice, position, tokens):
 
 @triton.jit
 def _first(scores, best, ids):
-    """The smallest id of those whose score is `best`."""
-    return tl.min(tl.min(tl.where(scores == best, ids, _NONE), 1), 0)
+    """The smallest id of those whose score is `best`; -1 where none is, being NaN."""
+    first = tl.min(tl.min(tl.where(scores == best, ids, NONE), 1), 0)
+    return tl.where(first == NONE, -1, first)
 
 
 @triton.jit
@@ -123,16 +122,16 @@ def _highest(scores):
 
 @triton.jit
 def _draw(x, ids, temperature, seed, choice, position, column, COLUMNS: tl.constexpr):
-    """The id of the best of x / temperature + noise among x float32[COLUMNS, 4]; of -inf and NaN the first."""
+    """The id of the best of x / temperature + noise among x float32[COLUMNS, 4]; of -inf and NaN only, -1."""
     words = _words(seed, choice, position, column, COLUMNS)
-    rough = x * (_LOG2_E / temperature) + _rough_gumbel(words)
+    rough = x * (LOG2_E / temperature) + _rough_gumbel(words)
     best = _highest(rough)
     # One sum tells whether a single token is near the best, and which: more than one make it at least 8 * COLUMNS.
     near = tl.where(rough >= best - _margin(best), ids + (4 * COLUMNS - 4 * column), 0)
     total = tl.sum(tl.sum(near, 1), 0)
-    pick = 4 * column
+    pick = -1
     if (total >= 4 * COLUMNS) & (total < 8 * COLUMNS):
-        pick += total - 4 * COLUMNS
+        pick = 4 * column + total - 4 * COLUMNS
     elif best > float("-inf"):
         scores = tl.div_rn(x, tl.full((COLUMNS, 4), 0.0, tl.float32) + temperature) + _gumbel(words)
         pick = _first(scores, _highest(scores), ids)
@@ -140,11 +139,16 @@ def _draw(x, ids, temperature, seed, choice, position, column, COLUMNS: tl.const
 
 
 @triton.jit
-def _pick(x, ids, row, temperatures, seeds, choices, positions, column, COLUMNS: tl.constexpr):
+def _pick(x, ids, row, temperatures, seeds, choices, positions, column, COLUMNS: tl.constexpr, SOME: tl.constexpr):
+    """-1 where there is nothing to pick, which a tile of which only some tokens are left finds out first."""
     temperature = tl.load(temperatures + row)
     seed, choice, position = tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row)
+    pick = -1
     if temperature < COLDEST:
-        pick = tl.minimum(_first(x, _highest(x), ids), 4 * (column + COLUMNS))  # NaN only: none
+        pick = _first(x, _highest(x), ids)
+    elif SOME:
+        if _highest(x) > float("-inf"):
+            pick = _draw(x, ids, temperature, seed, choice, position, column, COLUMNS)
     else:
         pick = _draw(x, ids, temperature, seed, choice, position, column, COLUMNS)
     return pick
@@ -158,6 +162,8 @@ def pick_pass(
     seeds,
     choices,
     positions,
+    cuts,
+    last_ties,
     picks,
     highs,
     sums,
@@ -166,7 +172,7 @@ def pick_pass(
     vocab,
     TILE: tl.constexpr,
 ):
-    """Grid (tiles, rows): picks int32[rows, tiles].
+    """Grid (tiles, rows): picks int32[rows, tiles], of what `cuts` and `last_ties` leave where they are given.
 
     With `highs` and `sums` float32[rows, tiles], also each tile's highest logit and its sum of exp(logit - highest);
     of `raw` where that is given.
@@ -177,7 +183,12 @@ def pick_pass(
     inside = ids < vocab
     x = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
     at = row * tl.num_programs(0) + tile
-    tl.store(picks + at, _pick(x, ids, row, temperatures, seeds, choices, positions, column, TILE // 4))
+    kept = x
+    if cuts is not None:
+        cut, last = tl.load(cuts + row), tl.load(last_ties + row)
+        kept = tl.where((x > cut) | ((x == cut) & (ids <= last)), x, float("-inf"))
+    pick = _pick(kept, ids, row, temperatures, seeds, choices, positions, column, TILE // 4, cuts is not None)
+    tl.store(picks + at, pick)
     if highs is not None:
         y = x
         if raw is not None:
@@ -185,7 +196,7 @@ def pick_pass(
         high = _highest(y)
         base = tl.where(high == float("-inf"), 0.0, high)
         tl.store(highs + at, high)
-        tl.store(sums + at, tl.sum(tl.sum(tl.exp2((y - base) * _LOG2_E), 1), 0))
+        tl.store(sums + at, tl.sum(tl.sum(tl.exp2((y - base) * LOG2_E), 1), 0))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -210,21 +221,20 @@ def best_pass(
     """Grid (rows,): the best of each row's picks, and with `highs` and `sums` its logprob."""
     row = tl.program_id(0)
     lanes = tl.arange(0, LANES)
-    inside = lanes < tiles
     at = row * tiles + lanes
-    # A tile of nothing but NaN has no pick.
-    ids = tl.minimum(tl.load(picks + at, mask=inside, other=_NONE), vocab - 1)
-    x = tl.load(logits + row.to(tl.int64) * stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    ids = tl.load(picks + at, mask=lanes < tiles, other=-1)
+    x = tl.load(logits + row.to(tl.int64) * stride + ids, mask=ids >= 0, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures + row)
     if temperature >= COLDEST:
         words = _words_of(tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), ids)
         x = tl.div_rn(x, tl.full((LANES,), 0.0, tl.float32) + temperature) + _gumbel(words)
-    token = tl.minimum(tl.min(tl.where((x == tl.max(x, 0)) & inside, ids, _NONE), 0), vocab - 1)
+    token = tl.min(tl.where((x == tl.max(x, 0)) & (ids >= 0), ids, NONE), 0)
+    token = tl.where(token == NONE, 0, token)  # all were -inf or NaN
     tl.store(tokens + row, token)
     if highs is not None:
-        high = tl.load(highs + at, mask=inside, other=float("-inf"))
+        high = tl.load(highs + at, mask=lanes < tiles, other=float("-inf"))
         highest = tl.max(high, 0)
-        part = tl.load(sums + at, mask=inside, other=0.0) * tl.exp2((high - highest) * _LOG2_E)
+        part = tl.load(sums + at, mask=lanes < tiles, other=0.0) * tl.exp2((high - highest) * LOG2_E)
         if raw is not None:
             chosen = tl.load(raw + row.to(tl.int64) * raw_stride + token).to(tl.float32)
         else:
@@ -233,7 +243,7 @@ def best_pass(
 
 
 def sample_rows(
-    logits: torch.Tensor, sampling: DeviceSampling, raw: torch.Tensor | None, logprobs: bool
+    logits: torch.Tensor, sampling: DeviceSampling, restricted: bool, raw: torch.Tensor | None, logprobs: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`pd.kernels.sampling_device.sample_rows`, whose arguments are checked; `raw` is None where it is `logits`."""
     rows, vocab = logits.shape
@@ -245,25 +255,14 @@ def sample_rows(
     if logprobs:
         highs, sums = torch.empty(2, rows, tiles, dtype=torch.float32, device=logits.device).unbind()
         chosen = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    cuts = find_cuts(logits, sampling) if restricted else (None, None)
     keys = sampling.temperature, sampling.seed, sampling.choice, sampling.position
+    found = picks, highs, sums
     strides = logits.stride(0), 0 if raw is None else raw.stride(0)
     with torch.cuda.device_of(logits):
         options = {"num_warps": WARPS[tile], "enable_fp_fusion": True}
-        pick_pass[(tiles, rows)](logits, raw, *keys, picks, highs, sums, *strides, vocab, TILE=tile, **options)
-        best_pass[(rows,)](
-            logits,
-            raw,
-            *keys,
-            picks,
-            highs,
-            sums,
-            tokens,
-            chosen,
-            *strides,
-            vocab,
-            tiles,
-            LANES=triton.next_power_of_2(tiles),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        pick_pass[(tiles, rows)](logits, raw, *keys, *cuts, *found, *strides, vocab, TILE=tile, **options)
+        lanes = triton.next_power_of_2(tiles)
+        options = {"num_warps": BEST_WARPS, "enable_fp_fusion": True}
+        best_pass[(rows,)](logits, raw, *keys, *found, tokens, chosen, *strides, vocab, tiles, LANES=lanes, **options)
     return tokens, chosen

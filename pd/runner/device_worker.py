@@ -192,7 +192,7 @@ class DeviceWorker:
 
     def _compute(self, launched: Launched, grown: Mapping[int, int]) -> None:
         rows, wanted = launched.rows, launched.wanted
-        slow = any(needs_host(rows[i].request) or restricts(rows[i].request.sampling) for i in wanted)
+        slow = any(needs_host(rows[index].request) for index in wanted)
         logits, tokens, logprobs = None, None, None
         if self._graphs is not None and len(rows) <= self._graphs.largest and _is_plain_decode(rows):
             simple = not slow and not any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,32 @@ def test_ten_thousand_draws_are_the_references() -> None:
     check(logits, device_sampling(10_000, temperature=[1.0, 0.3, 2.0], device=DEVICE))
 
 
+LIMITS = {
+    "top_k": {"top_k": [1, 50, 1000, 100_000, 200_000]},
+    "top_p": {"top_p": [1e-6, 0.1, 0.9, 0.95, 0.999]},
+    "min_p": {"min_p": [1e-6, 0.01, 0.2, 0.9, 1.0]},
+    "all": {"top_k": [40, 5000, 0, 5, 900], "top_p": [0.9, 0.5, 0.7, 1.0, 0.99], "min_p": [0.0, 0.001, 0.1, 0.3, 0.0]},
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("rows", [1, 7, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_restricted_rows_are_the_references(limits: dict[str, Any], rows: int, dtype: torch.dtype) -> None:
+    for seed, scale in ((1, 0.01), (2, 1.0), (3, 8.0)):
+        logits = random_logits(rows, VOCAB, dtype, seed, scale)
+        temperature = [1.0, 0.7, 2.0, 1.0, 0.2, 0.0]
+        sampling = device_sampling(rows, temperature=temperature, seed=seed, position=50, device=DEVICE, **limits)
+        check(logits, sampling, restricted=True)
+
+
+@pytest.mark.parametrize("vocab", [1, 1000, 4097, 32_003, 151_936])
+def test_any_vocabulary_is_restricted(vocab: int) -> None:
+    for dtype in (torch.float16, torch.float32):
+        sampling = device_sampling(40, temperature=[1.0, 0.0, 1.5], top_k=[0, 20], top_p=[0.9, 1.0, 0.8], device=DEVICE)
+        check(random_logits(40, vocab, dtype, vocab), sampling, restricted=True)
+
+
 def test_draws_follow_the_distribution() -> None:
     count = 200_000
     logits = torch.tensor([1.2, -0.3, 0.0, 2.0, -1.0, 0.7, 1.9], device=DEVICE)
@@ -86,10 +113,10 @@ def test_masked_rows_and_what_is_no_number_give_tokens_of_the_vocabulary() -> No
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
 
 
-@pytest.mark.parametrize("restricted", [False])
+@pytest.mark.parametrize("restricted", [False, True])
 def test_a_captured_graph_samples_what_its_inputs_hold_then(restricted: bool) -> None:
     logits = random_logits(8, VOCAB, torch.bfloat16)
-    sampling = device_sampling(8, temperature=[0.0, 1.0], device=DEVICE)
+    sampling = device_sampling(8, temperature=[0.0, 1.0], top_p=0.9, device=DEVICE)
     sample_rows(logits, sampling, restricted=restricted, logprobs=True)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -97,7 +124,7 @@ def test_a_captured_graph_samples_what_its_inputs_hold_then(restricted: bool) ->
         tokens, _ = sample_rows(logits, sampling, restricted=restricted, logprobs=True)
     for seed in range(1, 4):
         logits.copy_(random_logits(8, VOCAB, torch.bfloat16, seed))
-        other = device_sampling(8, temperature=[1.0, 0.0], seed=seed, position=seed, device=DEVICE)
+        other = device_sampling(8, temperature=[1.0, 0.0], top_k=seed * 20, seed=seed, position=seed, device=DEVICE)
         for field in dataclasses.fields(sampling):
             getattr(sampling, field.name).copy_(getattr(other, field.name))
         graph.replay()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 from sampling_kit import device_sampling
 
-from pd.kernels import sampling_device, sampling_triton
+from pd.kernels import cuts_triton, sampling_device, sampling_triton
 from pd.kernels.philox import DrawKeys, gumbel, philox
+from pd.kernels.sampling import restrict
 from pd.kernels.sampling_device import DeviceSampling
 
 
@@ -21,7 +24,7 @@ def both(
     logits: torch.Tensor, sampling: DeviceSampling, restricted: bool = False, raw: torch.Tensor | None = None
 ) -> tuple[list[int], list[int]]:
     """Tokens of the kernels and of the reference; their logprobs are compared here."""
-    tokens, logprobs = sampling_triton.sample_rows(logits, sampling, raw, logprobs=True)
+    tokens, logprobs = sampling_triton.sample_rows(logits, sampling, restricted, raw, logprobs=True)
     expected, reference = sampling_device.sample_rows(logits, sampling, restricted=restricted, logprobs=True, raw=raw)
     assert logprobs is not None and reference is not None
     assert tokens.dtype == torch.int32
@@ -99,9 +102,11 @@ def test_flat_and_peaked_rows_are_drawn_as_the_reference_draws_them() -> None:
 def test_tokens_are_inside_the_vocabulary_whatever_the_logits() -> None:
     logits = torch.full((18, 1500), float("nan"))
     logits[2:4], logits[4:6] = float("-inf"), float("inf")
-    tokens, _ = sampling_triton.sample_rows(logits, device_sampling(18, temperature=[0.0, 1.0]), None, logprobs=True)
-    assert ((tokens >= 0) & (tokens < 1500)).all()
-    assert tokens[2:6].tolist() == [0] * 4
+    sampling = device_sampling(18, temperature=[0.0, 1.0], top_k=[0, 7], top_p=[1.0, 0.8], min_p=[0.0, 0.1])
+    for restricted in (False, True):
+        tokens, _ = sampling_triton.sample_rows(logits, sampling, restricted, None, logprobs=True)
+        assert ((tokens >= 0) & (tokens < 1500)).all()
+        assert tokens[2:6].tolist() == [0] * 4
 
 
 def test_logprobs_are_of_the_raw_logits_where_these_are_given() -> None:
@@ -117,3 +122,57 @@ def test_rows_may_lie_apart() -> None:
     wide = random_logits(4, 2000, 6)
     tokens, expected = both(wide[:, :1501], device_sampling(4))
     assert tokens == expected
+
+
+LIMITS = {
+    "top_k": {"top_k": [1, 3, 50, 999, 5000]},
+    "top_p": {"top_p": [1e-6, 0.1, 0.5, 0.9, 0.99]},
+    "min_p": {"min_p": [1e-6, 0.01, 0.2, 0.9, 1.0]},
+    "all": {"top_k": [40, 700, 0, 5, 900], "top_p": [0.9, 0.5, 0.7, 1.0, 0.99], "min_p": [0.0, 0.001, 0.1, 0.3, 0.0]},
+}
+TEMPERATURES = [1.0, 0.5, 2.0, 1.0, 1.3]
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("vocab", "steps"), [(1000, 4), (9001, 1), (9001, None)], ids=["ties", "many", "few"])
+def test_cuts_leave_what_the_reference_leaves(
+    limits: dict[str, Any], dtype: torch.dtype, vocab: int, steps: int | None
+) -> None:
+    logits = random_logits(5, vocab, 3, dtype)
+    if steps is not None:
+        logits = (logits * steps).round() / steps
+    sampling = device_sampling(5, temperature=TEMPERATURES, **limits)
+    cuts, last = cuts_triton.find_cuts(logits, sampling)
+    wide = logits.float()
+    kept = (wide > cuts[:, None]) | ((wide == cuts[:, None]) & (torch.arange(vocab) <= last[:, None]))
+    scaled = wide.double() / sampling.temperature[:, None]  # float32 sums of all the rows' tokens err by more than one
+    expected = restrict(scaled, sampling.top_k.long(), sampling.top_p, sampling.min_p) > float("-inf")
+    assert (kept != expected).sum(1).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_restricted_rows_draw_as_the_reference_does(limits: dict[str, Any]) -> None:
+    logits = random_logits(15, 1000, 4)
+    logits[3, 7:] = float("-inf")
+    sampling = device_sampling(15, temperature=[*TEMPERATURES, 0.0, 1.0], **limits)
+    tokens, expected = both(logits, sampling, restricted=True)
+    assert tokens == expected
+
+
+def test_one_logit_for_all_and_a_cut_among_zeros_of_both_signs() -> None:
+    logits = torch.full((4, 5000), 2.5)
+    logits[2] = torch.tensor([0.0, -0.0]).repeat(2500)
+    logits[3] = torch.tensor([-0.0, 0.0]).repeat(2500)
+    logits[2:, 100] = 1.0
+    cuts, last = cuts_triton.find_cuts(logits, device_sampling(4, top_k=[7, 0, 11, 11], top_p=[1.0, 0.5, 1.0, 1.0]))
+    assert cuts.tolist() == [2.5, 2.5, 0.0, 0.0]
+    assert last.tolist() == [6, 2499, 9, 9]
+
+
+def test_rows_without_limits_have_no_cut() -> None:
+    logits = random_logits(3, 500)
+    sampling = device_sampling(3, temperature=[1.0, 1.0, 0.0], top_k=[0, 500, 5], top_p=[1.0, 1.0, 0.5])
+    cuts, last = cuts_triton.find_cuts(logits, sampling)
+    assert cuts.tolist() == [float("-inf")] * 3
+    assert last.tolist() == [2**31 - 1] * 3
