@@ -17,6 +17,10 @@ ROWS = 8192
 GEMMS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 ATTENTION = (2048, 8192)
+LAYERS, PROMPTS = 32, (512, 2048, 8192)
+
+#: Seconds that the prompts' limit is measured for.
+STRETCH = 2.0
 
 BYTES = 4 << 30
 REPEATS, ROUNDS = 5, 4
@@ -35,6 +39,7 @@ class Floors:
     read_gbps: float
     gemm_tflops: float
     sdpa_tflops: Mapping[int, float]
+    prompt_ms: Mapping[int, float]  # GEMMs and attention of all LAYERS at so many tokens, nothing else
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -67,6 +72,7 @@ def measure(device: torch.device) -> Floors:
             read_gbps=BYTES / read / 1e9,
             gemm_tflops=_gemm_tflops(device),
             sdpa_tflops={tokens: _sdpa_tflops(device, tokens) for tokens in ATTENTION},
+            prompt_ms=_prompt_ms(device),
         )
 
 
@@ -80,18 +86,51 @@ def _gemm_tflops(device: torch.device) -> float:
     return flop / sum(spent) / 1e12
 
 
-def _sdpa_tflops(device: torch.device, tokens: int) -> float:
-    def made(heads: int) -> torch.Tensor:
-        return torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device=device)
+def _prompt_ms(device: torch.device) -> dict[int, float]:
+    """As long at a stretch as serving takes: a GPU that is hot and short of power computes slower than in a burst."""
+    weights = [[torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in GEMMS] for _ in range(LAYERS)]
+    found = {}
+    for tokens in PROMPTS:
+        inputs = [torch.randn(tokens, inner, dtype=torch.bfloat16, device=device) for _, inner in GEMMS]
+        q, k, v = _heads(device, tokens)
 
-    q, k, v = made(HEADS), made(KV_HEADS), made(KV_HEADS)
+        def run(inputs: list[torch.Tensor] = inputs, heads: tuple[torch.Tensor, ...] = (q, k, v)) -> None:
+            for layer in weights:
+                for x, weight in zip(inputs, layer, strict=True):
+                    torch.nn.functional.linear(x, weight)
+                attend(*heads)
+
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            once = seconds(run)
+            rounds = max(ROUNDS, int(STRETCH / once))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(rounds):
+                run()
+            end.record()
+            end.synchronize()
+        found[tokens] = start.elapsed_time(end) / rounds
+    return found
+
+
+def _heads(device: torch.device, tokens: int) -> list[torch.Tensor]:
+    return [
+        torch.randn(1, heads, tokens, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _sdpa_tflops(device: torch.device, tokens: int) -> float:
+    q, k, v = _heads(device, tokens)
     flop = 4 * HEADS * HEAD_DIM * tokens * (tokens + 1) / 2
     best = 0.0
     for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         with torch.nn.attention.sdpa_kernel(backend):
-            spent = seconds(
-                lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            )
+            spent = seconds(partial(attend, q, k, v))
         best = max(best, flop / spent / 1e12)
     return best
 

@@ -6,8 +6,10 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pd.bench.engine.client import Answered, EngineClient
+from pd.bench.engine.client import Answered, EngineClient, Profile
+from pd.bench.engine.traces import Shares, read_shares
 
 #: Decode steps that count, and their context: the middle of the window.
 WINDOW, CONTEXT = 64, 1024
@@ -38,6 +40,22 @@ def steady_gaps(answers: Sequence[Answered]) -> list[float]:
     end = min(answer.times[-1] for answer in answers)
     times = sorted({time for answer in answers for time in answer.times if begin <= time <= end})
     return [after - before for before, after in itertools.pairwise(times)]
+
+
+async def decode_shares(engine: EngineClient, batch: int, steps: int, folder: Path, step_tokens: int) -> Shares:
+    """Of `steps` steps in which `batch` requests decode and nothing else is computed."""
+    lead = -(-batch * CONTEXT // step_tokens) + 8
+    profile = Profile(folder, steps, after=8)
+    # The recording begins and ends some steps later than it is asked to.
+    await engine.ask([CONTEXT - steps // 2 - lead] * batch, lead + steps + 40, profile=profile)
+    return read_shares(profile.files[0])
+
+
+async def prefill_shares(engine: EngineClient, tokens: int, folder: Path) -> Shares:
+    """Of the steps of prompts that come one after the other."""
+    profile = Profile(folder, REPEATS, after=0)
+    await engine.ask([tokens] * (REPEATS + 4), 1, profile=profile)
+    return read_shares(profile.files[0])
 
 
 async def prefill_tok_s(engine: EngineClient, tokens: int) -> float:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -20,7 +21,19 @@ from pd.ipc.channel import Channel
 from pd.ipc.codec import Codec
 from pd.ipc.zmq import LinkOptions, Sockets
 from pd.machine import has_cuda_gpu
-from pd.messages import ApiToScheduler, Ask, InstanceInfo, Rejected, SchedulerToApi, StepOutputs, Submit
+from pd.messages import (
+    Answer,
+    ApiToScheduler,
+    Ask,
+    InstanceInfo,
+    ProfileWish,
+    Rejected,
+    SchedulerToApi,
+    StartProfile,
+    StepOutputs,
+    StopProfile,
+    Submit,
+)
 from pd.plugins import load_plugins
 from pd.process import Child
 from pd.supervise import socket_folder
@@ -41,6 +54,17 @@ class Answered:
     @property
     def first(self) -> float:
         return self.times[0] - self.asked
+
+
+@dataclass
+class Profile:
+    """Record `steps` steps once every request has `after` tokens."""
+
+    folder: Path
+    steps: int
+    after: int
+    started: bool = False
+    files: list[Path] = field(default_factory=list)
 
 
 class EngineClient:
@@ -98,9 +122,18 @@ class EngineClient:
         return self._random.integers(0, self.vocab_size, tokens, dtype=np.int32).tobytes()
 
     async def ask(
-        self, prompts: Sequence[int], max_tokens: int, *, at_once: int = 1 << 30, sampling: SamplingParams | None = None
+        self,
+        prompts: Sequence[int],
+        max_tokens: int,
+        *,
+        at_once: int = 1 << 30,
+        sampling: SamplingParams | None = None,
+        profile: Profile | None = None,
     ) -> list[Answered]:
-        """Prompts of so many tokens, `max_tokens` out of each; no more than `at_once` at a time. Greedy by default."""
+        """Prompts of so many tokens, `max_tokens` out of each; no more than `at_once` at a time. Greedy by default.
+
+        `profile` records steps on the way; its `files` are there when this returns.
+        """
         waiting = iter(range(len(prompts)))
         tokens = [self.prompt(length) for length in prompts]
         requests: dict[int, Answered] = {}
@@ -118,6 +151,12 @@ class EngineClient:
         while left:
             message = await self._recv()
             now = time.monotonic()
+            if profile is not None and not profile.started:
+                last = min(len(answer.times) for answer in requests.values())
+                if len(requests) == len(prompts) and last >= profile.after:
+                    profile.started = True
+                    wish = ProfileWish(("GPU",), str(profile.folder), profile.steps)
+                    self._channel.send_nowait(StartProfile(next(self._keys), wish))
             match message:
                 case Rejected(_, status, text):
                     raise PdError(f"the engine refused a request: {status} {text}")
@@ -131,4 +170,15 @@ class EngineClient:
                             raise PdError(f"a request ended by {ended.finish.reason.value}: {ended.finish.message}")
                         left -= 1
                         submit(itertools.islice(waiting, 1))
+        if profile is not None:
+            await self._stop(profile)
         return list(requests.values())
+
+    async def _stop(self, profile: Profile) -> None:
+        token = next(self._keys)
+        self._channel.send_nowait(StopProfile(token))
+        while not isinstance(said := await self._recv(), Answer) or said.token != token:
+            pass
+        if said.data["problem"]:
+            raise PdError(f"no profile: {said.data['problem']}")
+        profile.files = [Path(str(name)) for name in msgspec.convert(said.data["files"], list[str])]

@@ -20,16 +20,20 @@ from rich.table import Table
 from pd.bench.engine import cases
 from pd.bench.engine.client import EngineClient
 from pd.bench.engine.shapes import SHAPES, make_model
+from pd.bench.engine.traces import Shares
 from pd.config import CacheConfig, LogConfig, ModelConfig, SchedulerConfig, ServeConfig
 from pd.errors import ConfigError, PdError
 from pd.logs import configure
 from pd.models.checkpoint import read_json
 from pd.models.dense import DenseConfig, dense_config
 
+#: What is profiled: steady decode steps of a batch, and single prompts; and how many kernels of it are shown.
+PROFILED_BATCH, PROFILED_STEPS, SHOWN_KERNELS = 64, 200, 16
+
 #: Seconds that measuring the GPU's own rates may take.
 FLOORS_TIMEOUT = 300.0
 
-WHAT = ("decode", "prefill", "ttft", "throughput")
+WHAT = ("decode", "prefill", "ttft", "throughput", "profile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,9 @@ class Figures:
     prefill_tok_s: dict[str, float] = field(default_factory=dict)
     ttft_ms: dict[str, float] = field(default_factory=dict)
     throughput_out_tok_s: float | None = None
+    idle_share: float | None = None
+    #: By what was profiled: [kernel, ms a step, launches a step].
+    kernels: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -93,7 +100,15 @@ def run(namespace: argparse.Namespace) -> int:
             runner.run(_measure(config, shape, namespace, only, figures))
     if namespace.json:
         namespace.json.write_text(json.dumps(vars(figures), indent=1))
-    Console().print(table(figures))
+    console = Console(width=120)
+    console.print(table(figures))
+    for what, kernels in figures.kernels.items():
+        found = Table(title=f"{what}: device time of a step")
+        for column in ("kernel", "ms", "launches"):
+            found.add_column(column, justify="left" if column == "kernel" else "right")
+        for name, ms, count in kernels:
+            found.add_row(name, f"{ms:.3f}", f"{count:.1f}")
+        console.print(found)
     return 0
 
 
@@ -127,7 +142,7 @@ async def _measure(
             for tokens in prompts:
                 rate = await cases.prefill_tok_s(engine, tokens)
                 figures.prefill_tok_s[str(tokens)] = rate
-                figures.prefill_limit_tok_s[str(tokens)] = 1 / token_seconds(shape, tokens, floors)
+                figures.prefill_limit_tok_s[str(tokens)] = prefill_limit(shape, tokens, floors)
                 say(f"prefill {tokens}: {rate:.0f} tok/s")
         if "ttft" in only:
             for tokens in prompts:
@@ -136,6 +151,24 @@ async def _measure(
         if "throughput" in only:
             figures.throughput_out_tok_s = (await cases.throughput(engine)).out_tok_s
             say(f"throughput: {figures.throughput_out_tok_s:.0f} out tok/s")
+        if "profile" in only:
+            await _profile(engine, prompts, figures)
+
+
+async def _profile(engine: EngineClient, prompts: list[int], figures: Figures) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shares = await cases.decode_shares(engine, PROFILED_BATCH, PROFILED_STEPS, Path(folder), engine.step_tokens)
+        figures.idle_share = shares.idle
+        figures.kernels[f"decode {PROFILED_BATCH}"] = _each(shares, PROFILED_STEPS)
+        say(f"idle in {PROFILED_STEPS} steps of {PROFILED_BATCH}: {shares.idle:.1%}")
+        for tokens in prompts:
+            shares = await cases.prefill_shares(engine, tokens, Path(folder))
+            figures.kernels[f"prefill {tokens}"] = _each(shares, cases.REPEATS)
+            say(f"idle in prompts of {tokens}: {shares.idle:.1%}")
+
+
+def _each(shares: Shares, steps: int) -> list[tuple[str, float, float]]:
+    return [(name, 1e3 * seconds / steps, count / steps) for name, seconds, count in shares.kernels[:SHOWN_KERNELS]]
 
 
 def step_bytes(shape: DenseConfig, batch: int) -> float:
@@ -153,12 +186,15 @@ def layer_weights(shape: DenseConfig) -> int:
     return shape.num_layers * shape.hidden_size * (heads + 3 * shape.intermediate_size)
 
 
-def token_seconds(shape: DenseConfig, tokens: int, floors: dict[str, Any]) -> float:
-    """Of a prompt's token at the rates of torch's GEMMs and attention, the head's GEMM for the last one left out."""
+def prefill_limit(shape: DenseConfig, tokens: int, floors: dict[str, Any]) -> float:
+    """Tokens per second of torch's GEMMs and attention alone: measured for Llama-3.1-8B, elsewhere by rates."""
+    measured = floors["prompt_ms"].get(str(tokens))
+    if measured and shape.num_layers == 32 and shape.hidden_size == 4096 and shape.intermediate_size == 14336:
+        return float(1e3 * tokens / measured)
     attention = 4 * shape.num_heads * shape.head_dim * (tokens + 1) / 2 * shape.num_layers
     rates = {int(length): rate for length, rate in floors["sdpa_tflops"].items()}
     nearest = min(rates, key=lambda length: abs(length - tokens))
-    return (2 * layer_weights(shape) / floors["gemm_tflops"] + attention / rates[nearest]) / 1e12
+    return float(1e12 / (2 * layer_weights(shape) / floors["gemm_tflops"] + attention / rates[nearest]))
 
 
 def say(text: str) -> None:
@@ -193,5 +229,7 @@ def table(figures: Figures) -> Table:
     if figures.throughput_out_tok_s:
         what = f"{cases.REQUESTS} x ({cases.INPUT} in, {cases.OUTPUT} out), out tok/s"
         found.add_row(what, f"{figures.throughput_out_tok_s:.0f}", "", "")
+    if figures.idle_share is not None:
+        found.add_row(f"GPU idle in {PROFILED_STEPS} steps of {PROFILED_BATCH}", f"{figures.idle_share:.1%}", "", "")
     found.add_row("start-up, s", f"{figures.start_s:.1f}", "", "")
     return found
