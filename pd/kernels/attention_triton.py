@@ -97,28 +97,25 @@ def combine(out, partial, scales, place, parts, splits, GROUP: tl.constexpr, DIM
     total = tl.zeros([HEADS], tl.float32)
     mixed = tl.zeros([HEADS, WIDTH], tl.float32)
     for begin in range(0, parts, CHUNK):
-        chunk = begin + tl.arange(0, CHUNK)
-        part = place * splits + chunk
-        real = chunk < parts
-        # Other multiprocessors wrote these: not from this one's own cache.
-        scale = tl.load(
-            scales + part[:, None] * GROUP + members[None, :],
-            mask=real[:, None] & (members < GROUP)[None, :],
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )
-        means = tl.load(
-            partial + part[:, None, None] * (GROUP * DIM) + inner[None, :, :],
-            mask=real[:, None, None] & inside[None, :, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.where(members < GROUP, tl.maximum(highest, tl.max(scale, 0)), 0.0)
-        weights = tl.exp2(scale - higher[None, :])
-        faded = tl.exp2(highest - higher)
-        total = total * faded + tl.sum(weights, 0)
-        mixed = mixed * faded[:, None] + tl.sum(means * weights[:, :, None], 0)
-        highest = higher
+        for part in tl.static_range(CHUNK):  # all of a chunk's loads are under way before the first is waited for
+            index = place * splits + begin + part
+            real = (begin + part + tl.zeros_like(members) < parts) & (members < GROUP)
+            # Other multiprocessors wrote these: not from this one's own cache.
+            scale = tl.load(
+                scales + index * GROUP + members,
+                mask=real,
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            mean = tl.load(
+                partial + index * (GROUP * DIM) + inner, mask=real[:, None] & inside, other=0.0, cache_modifier=".cg"
+            )
+            higher = tl.where(members < GROUP, tl.maximum(highest, scale), 0.0)
+            weight = tl.exp2(scale - higher)
+            faded = tl.exp2(highest - higher)
+            total = total * faded + weight
+            mixed = mixed * faded[:, None] + mean * weight[:, None]
+            highest = higher
     mean = mixed / tl.where(members < GROUP, total, 1.0)[:, None]
     tl.store(out + place * (GROUP * DIM) + inner, mean.to(out.dtype.element_ty), mask=inside)
 
