@@ -6,13 +6,12 @@ import functools
 
 import torch
 
-from pd.kernels.activation import silu_mul
 from pd.kernels.linear_configs import Config, config_for
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N] or None -> x weight^T + bias, [T, N]."""
-    config = _config(x, weight, gated=False)
+    config = _config(x, weight)
     if config is None:
         return torch.nn.functional.linear(x, weight, bias)
     from pd.kernels import linear_triton
@@ -20,21 +19,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return linear_triton.launch(x, weight, bias, config)
 
 
-def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [T, K], weight [2 I, K] (gate, then up), bias [2 I] or None -> silu(gate) * up, [T, I]."""
-    config = _config(x, weight, gated=True)
-    if config is None:
-        return silu_mul(linear(x, weight, bias))
-    from pd.kernels import linear_triton
-
-    return linear_triton.launch(x, weight, bias, config, gated=True)
-
-
-def _config(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> Config | None:
+def _config(x: torch.Tensor, weight: torch.Tensor) -> Config | None:
     """The launch of a kernel; None where torch does it."""
     if not x.is_cuda or x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return None
-    config = config_for(x.shape[0], weight.shape[0], weight.shape[1], gated)
+    config = config_for(x.shape[0], weight.shape[0], weight.shape[1])
     if config is None or not (_is_hopper(x.device) and _accessible(x) and weight.is_contiguous()):
         return None
     return config

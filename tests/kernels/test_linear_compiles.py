@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pd.kernels.linear_configs import TABLE, Row, Stream
+from pd.kernels.linear_configs import ONE_ROW, TABLE, Row, Stream
 from pd.kernels.linear_triton import row, stream
 from tests.kernels.aot import Compiled, compile_sm90
 
@@ -23,9 +23,8 @@ STREAMS = [
     (64, Stream(128, 128, 3, 8), False),
 ]
 ROWS = [(4096, Row(4, 1024, 4, pdl=True), False), (14336, Row(4, 2048, 4), False), (4096, Row(4, 1024, 4), True)]
-for (_, k, gated), entries in TABLE.items():
-    STREAMS += [(max(16, most), one, gated) for most, one in entries if isinstance(one, Stream)]
-    ROWS += [(k, one, gated) for _, one in entries if isinstance(one, Row)]
+STREAMS += [(max(16, most), one, False) for entries in TABLE.values() for most, one in entries]
+ROWS += [(k, ONE_ROW, False) for k in (4096, 14336)]
 
 
 def compile_stream(rows: int, config: Stream, gated: bool) -> Compiled:
