@@ -208,7 +208,7 @@ class Chunks:
         values: list[int] = (self.table[:, index] // divisor if divisor > 1 else self.table[:, index]).tolist()
         return values
 
-    def applied(self, sums: Sequence[np.uint64]) -> U64:
+    def applied(self, sums: Sequence[np.uint64] | U64) -> U64:
         """The chunks' digests added up to pieces: uint64[m, 4] (region, offset, length, digest)."""
         out = np.empty((len(self.pieces), 4), dtype=np.uint64)
         out[:, :3] = self.pieces
@@ -216,10 +216,11 @@ class Chunks:
         return out
 
 
-def cut(spans: Spans, regions: Sequence[Region]) -> Chunks:
+def cut(spans: Spans, regions: Sequence[Region], longest: int = 0) -> Chunks:
     """Cut checked spans (columns: sender's region and offset, ours, length) at block boundaries and into chunks.
 
-    A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks.
+    A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks. Those have
+    at most `longest` bytes; 0 stands for what suits a copy by the host.
     """
     table = np.zeros((len(spans), 6), dtype=np.int64)
     table[:, :5] = spans
@@ -231,7 +232,8 @@ def cut(spans: Spans, regions: Sequence[Region]) -> Chunks:
         inside = table[:, 3] % blocks
         table, source = _split(table, blocks - inside, blocks)
         pieces, blocks = table[:, 2:5], blocks[source]
-    table, source = _split(table, *2 * (np.full(len(table), CHUNK if digested else COPY, np.int64),))
+    longest = longest or (CHUNK if digested else COPY)
+    table, source = _split(table, *2 * (np.full(len(table), longest, np.int64),))
     if digested:
         first = np.array([one.first_word for one in regions], dtype=np.int64)[table[:, 2]]
         table[:, 5] = first + table[:, 3] % blocks[source] // WORD
