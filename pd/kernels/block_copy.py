@@ -35,10 +35,10 @@ def plan_share(
     source: torch.Tensor, target: torch.Tensor, spans: I64, positions: I64, table: I64, rows: int = SHARE_ROWS
 ) -> Share:
     """What `copy_share` needs for the spans of `copy_and_digest`: fills `table` int64[n + 1, 5], in host memory."""
-    words = np.empty((len(spans), 4), dtype=np.int64)
+    words = np.empty((len(spans), 4), dtype=np.int64, order="F")
     words[:, 0] = span_words("source", source, spans[:, 0], spans[:, 2])
     words[:, 1] = span_words("target", target, spans[:, 1], spans[:, 2])
-    words[:, 2], words[:, 3] = spans[:, 2] // 8, positions
+    words[:, 2], words[:, 3] = spans[:, 2] >> 3, positions
     return Share(rows, share_table(table, words, rows), word_alignment(words, source, target))
 
 

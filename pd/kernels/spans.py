@@ -28,11 +28,11 @@ def as_words(memory: torch.Tensor) -> torch.Tensor:
 
 def span_words(what: str, memory: torch.Tensor, offsets: I64, lengths: I64) -> I64:
     """Checks that spans (in bytes) are whole words inside `memory` int64[words]; returns the offsets in words."""
-    if ((offsets | lengths) % WORD).any():
+    if ((offsets | lengths) & (WORD - 1)).any():
         raise ValueError(f"{what}: a span begins and ends at a multiple of {WORD} bytes")
     if len(offsets) and (offsets.min() < 0 or lengths.min() < 0 or (offsets + lengths).max() > memory.numel() * WORD):
         raise ValueError(f"{what}: a span lies outside the {memory.numel() * WORD} bytes of memory")
-    return offsets // WORD
+    return offsets >> 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def share_table(table: I64, spans: I64, rows: int) -> int:
     """
     table[:-1, :4] = spans
     table[-1, :4] = 0
-    tiles = np.where(spans[:, 2] > 0, -(-(spans[:, 2] + spans[:, 3] % RUN) // (rows * RUN)), 0)
+    tiles = np.where(spans[:, 2] > 0, -(-(spans[:, 2] + (spans[:, 3] & (RUN - 1))) // (rows * RUN)), 0)
     table[0, 4] = 0
     np.cumsum(tiles, out=table[1:, 4])
     return int(table[-1, 4])
@@ -60,10 +60,10 @@ def share_table(table: I64, spans: I64, rows: int) -> int:
 
 def word_alignment(spans: I64, source: torch.Tensor, target: torch.Tensor | None) -> int:
     """2 if tiles begin at even words in both memories, so that 16 bytes can be accessed at once; else 1."""
-    skip = spans[:, 3] % RUN
+    skip = spans[:, 3] & (RUN - 1)
     odd = (spans[:, 0] - skip) | (spans[:, 1] - skip if target is not None else 0)
     bases = source.data_ptr() | (target.data_ptr() if target is not None else 0)
-    return 1 if (odd % 2).any() or bases % 16 else 2
+    return 1 if (odd & 1).any() or bases % 16 else 2
 
 
 def launches(chunks: I64) -> Iterator[tuple[I64, int]]:

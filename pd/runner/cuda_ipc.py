@@ -115,7 +115,7 @@ class CudaPulls:
     """The pulls of one GPU. Thread-safe. `alone` says whether the GPU has nothing else to do."""
 
     def __init__(self, device: torch.device, runtime: ctypes.CDLL, alone: Callable[[], bool]) -> None:
-        self._device, self._runtime, self._alone = device, runtime, alone
+        self._device, self._runtime, self.alone = device, runtime, alone
         self.programs = PROGRAMS
         with torch.cuda.device(device):
             # First in line: a pull is short or bounded, and what it brings is waited for.
@@ -196,7 +196,7 @@ class CudaPulls:
         return CudaPull(self, lane)
 
     def start(self, lane: _Lane) -> None:
-        programs = IDLE_PROGRAMS * self._multiprocessors if self._alone() else self.programs
+        programs = IDLE_PROGRAMS * self._multiprocessors if self.alone() else self.programs
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             lane.start(programs)
 

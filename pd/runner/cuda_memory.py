@@ -90,7 +90,7 @@ class CudaMemory:
             self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(LANES):
                 self._lanes.put(_Lane())
-        self._pulls = CudaPulls(self._device, runtime, alone)
+        self.pulls = CudaPulls(self._device, runtime, alone)
         self._warm_up()
 
     @property
@@ -138,14 +138,14 @@ class CudaMemory:
         return SPANS
 
     def export(self, regions: Sequence[Region]) -> bytes:
-        return self._pulls.export(regions)
+        return self.pulls.export(regions)
 
     def open(self, handle: bytes, sizes: Sequence[int]) -> CudaMapping:
-        return self._pulls.open(handle, sizes)
+        return self.pulls.open(handle, sizes)
 
     def prepare(self, mapped: MappedMemory, source: int, region: Region, spans: I64, words: U64 | None) -> CudaPull:
         assert isinstance(mapped, CudaMapping)
-        return self._pulls.prepare(mapped, source, self._span(region, 0, region.nbytes), spans, words)
+        return self.pulls.prepare(mapped, source, self._span(region, 0, region.nbytes), spans, words)
 
     def _span(self, region: Region, offset: int, length: int) -> torch.Tensor:
         if region.device != self.device:

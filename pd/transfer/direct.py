@@ -335,7 +335,7 @@ class DirectBackend:
             raise TransferError("a span outside the local regions")
         if not within(spans[:, 2], spans[:, 3], spans[:, 4], peer.sizes):
             raise TransferError("a span outside the peer's regions")
-        if self._kind != "cpu" and np.any(spans[:, [1, 3, 4]] % np.uint64(WORD)):
+        if self._kind != "cpu" and np.any((spans[:, 1] | spans[:, 3] | spans[:, 4]) & np.uint64(WORD - 1)):
             raise TransferError(f"spans of device memory are whole words of {WORD} bytes")
         if not len(spans):
             ticket = Ticket()

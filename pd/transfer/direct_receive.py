@@ -225,15 +225,16 @@ class Incoming:
 
     def _check(self, spans: np.ndarray, tag: int) -> tuple[str, Grant | None]:
         """Nothing of a post is applied unless all of it is inside both sides' regions and granted."""
-        if not within(spans[:, 0], spans[:, 1], spans[:, 4], self._sizes):
+        source, at, region, to, length = np.ascontiguousarray(spans.T)
+        if not within(source, at, length, self._sizes):
             return "outside the sender's regions", None
-        if not within(spans[:, 2], spans[:, 3], spans[:, 4], self._shared.ledger.sizes):
+        if not within(region, to, length, self._shared.ledger.sizes):
             return "outside the receiver's regions", None
-        if self._shared.target.on_device and np.any(spans[:, [1, 3, 4]] % np.uint64(WORD)):
+        if self._shared.target.on_device and np.any((at | to | length) & np.uint64(WORD - 1)):
             return f"not in words of {WORD} bytes", None
         grant = self._shared.ledger.find(self.sender, tag, GRANT_PATIENCE)
-        local = spans.astype(np.int64)
-        if grant is None or not grant.live or not grant.covers(local[:, 2], local[:, 3], local[:, 4]):
+        local = [column.astype(np.int64) for column in (region, to, length)]
+        if grant is None or not grant.live or not grant.covers(*local):
             return "not granted", None
         return "", grant
 
