@@ -4,7 +4,7 @@ A handle stands for a whole allocation, which another process maps with its own 
 of and whether or not `CUDA_VISIBLE_DEVICES` shows it that one. So no device numbers are exchanged: what counts is
 whether the mapping can be read, and a probe tells.
 
-A pull is one kernel on a stream of its own. It takes a bounded number of programs while the GPU computes (`PROGRAMS`).
+A pull is one kernel on a stream of its own, of a bounded number of programs while the GPU computes (`PROGRAMS`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ from pd.transfer.digest import digest_span
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-#: Programs of a pull beside other work: with 32 KiB each that is 1 MiB in flight, what NVLink needs at a latency of
-#: 2 to 3 us, on about a quarter of the multiprocessors, of which each leaves most to other kernels.
+#: Programs of a pull from another GPU, beside other work. With 32 KiB each that is 1 MiB in flight, what NVLink needs
+#: at a latency of 2 to 3 us; more would not make the link faster.
 PROGRAMS = 32
+
+#: Programs of a pull from the same GPU's memory, beside other work: nothing but their number bounds what they take of
+#: the bandwidth that the other work lives on.
+OWN_PROGRAMS = 6
 
 #: Programs of a pull on a GPU that does nothing else, for each multiprocessor.
 IDLE_PROGRAMS = 6
@@ -58,18 +62,22 @@ class _Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Export(msgspec.Struct, frozen=True, array_like=True, tag="cuda-ipc/1"):
-    """Of some regions, and bytes that are known to both sides."""
+    """Of some regions on the GPU `uuid`, and of bytes that are known to both sides."""
 
+    uuid: str
     regions: list[_Span]
     probe: _Span
     digest: int
 
 
 class CudaMapping:
-    """Memory of another process: a tensor int64[words] per region, said to be of the device here, which reads it."""
+    """Memory of another process: a tensor int64[words] per region, said to be of the device here, which reads it.
 
-    def __init__(self, device: torch.device, runtime: ctypes.CDLL) -> None:
-        self._device, self._runtime = device, runtime
+    `own`: it is memory of this very GPU.
+    """
+
+    def __init__(self, device: torch.device, runtime: ctypes.CDLL, own: bool) -> None:
+        self._device, self._runtime, self.own = device, runtime, own
         self._bases: list[int] = []
         self.words: list[torch.Tensor] = []
 
@@ -98,11 +106,11 @@ class CudaMapping:
 class CudaPull:
     """One pull: `pd.abc.transfer.Pull`."""
 
-    def __init__(self, pulls: CudaPulls, lane: _Lane) -> None:
-        self._pulls, self._lane = pulls, lane
+    def __init__(self, pulls: CudaPulls, lane: _Lane, own: bool) -> None:
+        self._pulls, self._lane, self._own = pulls, lane, own
 
     def start(self) -> None:
-        self._pulls.start(self._lane)
+        self._pulls.start(self._lane, self._own)
 
     def finish(self) -> U64:
         return self._lane.finish()
@@ -116,11 +124,12 @@ class CudaPulls:
 
     def __init__(self, device: torch.device, runtime: ctypes.CDLL, alone: Callable[[], bool]) -> None:
         self._device, self._runtime, self.alone = device, runtime, alone
-        self.programs = PROGRAMS
+        self.programs, self.own_programs = PROGRAMS, OWN_PROGRAMS
         with torch.cuda.device(device):
             # First in line: a pull is short or bounded, and what it brings is waited for.
             self._stream = torch.cuda.Stream(priority=-1)
-            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            self._multiprocessors, self._uuid = properties.multi_processor_count, str(properties.uuid)
             # All that pulls need is made now: to allocate or pin memory can make the driver wait for all that runs.
             self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(LANES):
@@ -138,7 +147,7 @@ class CudaPulls:
             self._runtime.cudaFree(None)  # frees nothing: the driver's call below needs the context to be this thread's
             spans = [self._export(region.address, region.nbytes) for region in regions]
             probe = self._export(self._probe.data_ptr(), PROBE)
-        return msgspec.msgpack.encode(_Export(spans, probe, self._digest))
+        return msgspec.msgpack.encode(_Export(self._uuid, spans, probe, self._digest))
 
     def _export(self, address: int, nbytes: int) -> _Span:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -162,7 +171,7 @@ class CudaPulls:
             raise TransferError(f"no handle of CUDA memory: {error}") from error
         if [span.nbytes for span in export.regions] != list(sizes) or export.probe.nbytes != PROBE:
             raise TransferError("handles of other regions")
-        mapping = CudaMapping(self._device, self._runtime)
+        mapping = CudaMapping(self._device, self._runtime, export.uuid == self._uuid)
         try:
             with torch.cuda.device(self._device):
                 for span in (*export.regions, export.probe):
@@ -193,10 +202,13 @@ class CudaPulls:
         except BaseException:
             self._lanes.put(lane)
             raise
-        return CudaPull(self, lane)
+        return CudaPull(self, lane, mapping.own)
 
-    def start(self, lane: _Lane) -> None:
-        programs = IDLE_PROGRAMS * self._multiprocessors if self.alone() else self.programs
+    def start(self, lane: _Lane, own: bool) -> None:
+        if self.alone():
+            programs = IDLE_PROGRAMS * self._multiprocessors
+        else:
+            programs = self.own_programs if own else self.programs
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             lane.start(programs)
 
@@ -208,7 +220,7 @@ class CudaPulls:
         """Compile now what pulls need, and not in two threads at once."""
         words = torch.zeros(PROBE // 8, dtype=torch.int64, device=self._device)
         torch.cuda.synchronize(self._device)
-        mapping = CudaMapping(self._device, self._runtime)
+        mapping = CudaMapping(self._device, self._runtime, own=True)
         mapping.words = [words]
         for offset in (0, 8):  # aligned to 16 bytes, and not
             pull = self.prepare(mapping, 0, self._found, np.array([[offset, 0, 16]]), None)

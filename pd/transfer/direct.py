@@ -173,6 +173,7 @@ class DirectBackend:
             DeviceSource(regions, self._context.memory) if target.on_device else HostSource(regions),
             self._descriptors(regions),
             self._export(regions),
+            self._context.memory.enter,
             log,
             self._fail,
         )

@@ -72,11 +72,14 @@ class DevicePost:
     sums: list[U64] = field(default_factory=list)  # of each pull, in order
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Part:
+    """One pull of a post."""
+
     post: DevicePost
     pull: Pull
     last: bool
+    started: bool = False
 
 
 class Puller:
@@ -127,8 +130,10 @@ class Puller:
 
     def _run(self) -> None:
         try:
-            while parts := self._next():
-                self._pull(parts)
+            self._memory.enter()
+            while (grant := self._wait()) is not None:
+                with grant.lock:
+                    self._pull(grant)
         except LinkClosed:
             pass  # the reading thread sees it too
         except BaseException as error:
@@ -140,43 +145,50 @@ class Puller:
                     part.pull.release()
                 self._parts.clear()
 
-    def _next(self) -> list[_Part]:
-        """Everything that is prepared for the first one's grant; nothing when closed."""
+    def _wait(self) -> Grant | None:
+        """The grant of the first part; None when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._parts or self._closed)
+            return None if self._closed else self._parts[0].post.grant
+
+    def _take(self, grant: Grant) -> list[_Part]:
+        """All that is prepared for this grant, if nothing else comes before it."""
+        with self._changed:
             parts: list[_Part] = []
-            while not self._closed and self._parts and (not parts or self._parts[0].post.grant is parts[0].post.grant):
+            while not self._closed and self._parts and self._parts[0].post.grant is grant:
                 parts.append(self._parts.popleft())
             return parts
 
-    def _pull(self, parts: list[_Part]) -> None:
-        """Pull under the grant's lock, all that is there at once; what was read after the sender's end counts not."""
-        grant = parts[0].post.grant
-        sums: list[U64] = []
+    def _pull(self, grant: Grant) -> None:
+        """Pull under the grant's lock while there is something for it. What was read after the sender's end counts not.
+
+        The device has the next pulls already while one is reported; how many, and so how long a revoke waits, `prepare`
+        bounds. Nothing is written any more when this returns or raises.
+        """
+        waiting: collections.deque[_Part] = collections.deque()
         try:
-            with grant.lock:
-                landed = grant.live and not self._source.ended()
-                if landed:
-                    sums = _finish(parts)
-                    landed = not self._source.ended()
+            while True:
+                waiting.extend(parts := self._take(grant))
+                for part in parts:
+                    if grant.live and not self._source.ended():
+                        part.pull.start()
+                        part.started = True
+                if not waiting:
+                    return
+                self._finish(waiting.popleft())
         finally:
-            for part in parts:
+            for part in waiting:
+                if part.started:
+                    part.pull.finish()
                 part.pull.release()
-        for i, part in enumerate(parts):
-            part.post.landed &= landed
-            if landed:
-                part.post.sums.append(sums[i])
-            if part.last:
-                self._ended(part.post)
 
-
-def _finish(parts: list[_Part]) -> list[U64]:
-    """Run pulls; their digests. Nothing is written any more when it returns or raises."""
-    started: list[_Part] = []
-    try:
-        for part in parts:
-            part.pull.start()
-            started.append(part)
-    finally:
-        sums = [part.pull.finish() for part in started]
-    return sums
+    def _finish(self, part: _Part) -> None:
+        post = part.post
+        try:
+            if part.started:
+                post.sums.append(part.pull.finish())
+        finally:
+            part.pull.release()
+        post.landed &= part.started and not self._source.ended()
+        if part.last:
+            self._ended(post)

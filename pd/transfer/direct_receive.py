@@ -97,6 +97,7 @@ class Incoming:
 
     def _run(self) -> None:
         try:
+            self._shared.memory.enter()
             self._handshake()
             self._serve()
         except (LinkClosed, OSError) as error:
@@ -108,8 +109,7 @@ class Incoming:
             self._shared.failed(error)
         finally:
             self._memory = None
-            if self._puller is not None:
-                self._puller.close()
+            self._unmap()
             with self._lock:
                 self._closing = True
                 if self._link is not None:
@@ -165,6 +165,13 @@ class Incoming:
             self._puller = Puller(source, shared.target, shared.memory, self._pulled, self._broken)
             return DEVICE, ""
         return STREAM, "" if hello.mode == STREAM else f"this pool cannot take {hello.mode}"
+
+    def _unmap(self) -> None:
+        if self._puller is not None:
+            try:
+                self._puller.close()
+            except TransferError as error:  # it stays mapped, and harms nobody
+                self._shared.log("a peer's device memory cannot be unmapped", sender=self.sender, reason=error.reason)
 
     def _broken(self, error: BaseException) -> None:
         self._shared.failed(error)

@@ -58,6 +58,7 @@ class Sender:
     read: ReadRegion
     fds: Sequence[int]
     handle: bytes
+    enter: Callable[[], None]  # for a thread that reads
     log: Callable[..., None]
     failed: Callable[[BaseException], None]
 
@@ -164,6 +165,7 @@ class Outgoing:
     def _run(self) -> None:
         reason = "closed"
         try:
+            self._shared.enter()
             self._serve()
         except (LinkClosed, OSError, PdError) as error:
             reason = str(error)

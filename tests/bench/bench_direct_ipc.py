@@ -1,6 +1,6 @@
 """Blocks pulled out of another process's GPU memory, and what that costs a decode step beside it.
 
-    python tests/bench/bench_direct_ipc.py [--peer 0] [--pool 1024] [--sizes 32,256,1024,4096] [--programs 8,16,32,64]
+    python tests/bench/bench_direct_ipc.py [--peer 0] [--pool 1024] [--sizes 32,…] [--programs 4,8,16,32,64]
 
 The other process is on GPU `peer` of those visible; this one is on GPU 0. Three tables, all against one plain copy of
 the whole pool (MiB) over the same mapping; GB/s count the payload once.
@@ -157,9 +157,7 @@ def through_direct(remote: RemoteSide, nbytes: int, sizes: list[int], plain: flo
     assert isinstance(here.device, CudaMemory)
     remote.call("connect", here.descriptor())
     way = ", ".join(remote.call("ways"))
-    print(
-        f"\n1. through direct ({way}): KiB | GB/s of one push of the pool (ratio) | of four | alone, one | alone, four"
-    )
+    print(f"\n1. through direct ({way}): KiB | GB/s of one push of the pool (ratio) | of four | both while alone")
     for tag, size in enumerate(sizes, 1):
         here.grant(tag, [[0, nbytes]], "P")
         line = f"   {size // KIB:5d}"
@@ -205,7 +203,7 @@ def main() -> None:
     parser.add_argument("--peer", type=int, default=0)
     parser.add_argument("--pool", type=int, default=1024)
     parser.add_argument("--sizes", default="32,256,1024,4096")
-    parser.add_argument("--programs", default="8,16,32,64")
+    parser.add_argument("--programs", default="4,8,16,32,64")
     options = parser.parse_args()
     nbytes, sizes = options.pool * MIB, [int(one) * KIB for one in options.sizes.split(",")]
     with mock.patch.dict(os.environ, PD_TEST_CUDA_DEVICE=str(options.peer)):

@@ -41,7 +41,7 @@ def handle(address: int) -> bytes:
 def test_mapped_memory_is_seen_as_words_of_the_device_here() -> None:
     raw = np.arange(64, dtype=np.uint8)
     runtime = FakeRuntime()
-    mapping = CudaMapping(CPU, runtime)  # type: ignore[arg-type]
+    mapping = CudaMapping(CPU, runtime, False)  # type: ignore[arg-type]
     mapping.add(_Span(handle(raw.ctypes.data), 16, 24))
     mapping.add(_Span(handle(raw.ctypes.data), 0, 64))
     assert [one.numel() for one in mapping.words] == [3, 8] and mapping.words[0].device == CPU
@@ -63,13 +63,13 @@ def test_mapped_memory_is_seen_as_words_of_the_device_here() -> None:
 )
 def test_what_is_no_handle_is_refused(span: _Span) -> None:
     with pytest.raises(TransferError, match="not a handle"):
-        CudaMapping(CPU, FakeRuntime()).add(span)  # type: ignore[arg-type]
+        CudaMapping(CPU, FakeRuntime(), False).add(span)  # type: ignore[arg-type]
 
 
 def test_a_failed_call_names_itself_and_leaves_no_error_for_torch() -> None:
     runtime = FakeRuntime(code=201)
     with pytest.raises(TransferError, match="cudaIpcOpenMemHandle failed with CUDA error 201"):
-        CudaMapping(CPU, runtime).add(_Span(handle(64), 0, 8))  # type: ignore[arg-type]
+        CudaMapping(CPU, runtime, False).add(_Span(handle(64), 0, 8))  # type: ignore[arg-type]
     assert runtime.forgotten == 1
     _check(runtime, 0, "anything")  # type: ignore[arg-type]
 
