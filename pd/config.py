@@ -200,7 +200,10 @@ class TransferConfig:
         30.0, "a push longer than this fails and its peer is reset", unit="s", roles=("prefill",), above=0
     )
     transfer_memory: str = setting(
-        "auto", "how `direct` reaches peers: auto, shm (one host) or tcp", choices=("auto", "shm", "tcp"), roles=PAIR
+        "auto",
+        "how `direct` reaches peers: auto, shm (mapped memory of one host, between GPUs by CUDA IPC) or tcp",
+        choices=("auto", "shm", "tcp"),
+        roles=PAIR,
     )
 
 

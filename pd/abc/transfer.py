@@ -100,6 +100,52 @@ class DeviceMemory(Protocol):
         """Later work on the device sees every host or peer write that has completed."""
 
 
+class MappedMemory(Protocol):
+    """Regions of another process's device, readable here until `close`."""
+
+    def close(self) -> None:
+        """Unmap. The caller knows that no pull of them is under way."""
+
+
+class Pull(Protocol):
+    """A prepared copy out of mapped memory. It writes from `start` until `finish` returned, and at no other time."""
+
+    def start(self) -> None: ...
+
+    def finish(self) -> U64:
+        """Wait until all is copied and visible to later work; the digests uint64[n], none if none were asked for."""
+
+    def release(self) -> None:
+        """Give back what `prepare` took. After `finish`, or instead of `start`."""
+
+
+@runtime_checkable
+class SharedDeviceMemory(DeviceMemory, Protocol):
+    """A device whose memory other processes of this host can map."""
+
+    @property
+    def pull_spans(self) -> int:
+        """Most spans of one pull."""
+
+    def export(self, regions: Sequence[Region]) -> bytes:
+        """What lets another process map these regions. Raises TransferError where that is impossible."""
+
+    def open(self, handle: bytes, sizes: Sequence[int]) -> MappedMemory:
+        """Map what another process exported, regions of these sizes, and see that it can be read.
+
+        Raises TransferError where that is impossible: another kind of device, no path between two, a container.
+        """
+
+    def prepare(
+        self, mapped: MappedMemory, source: int, region: Region, spans: npt.NDArray[np.int64], words: U64 | None
+    ) -> Pull:
+        """A pull of spans int64[n, 3] (offset in mapped region `source`, offset in `region`, length; whole words).
+
+        `words[i]` is the position, in words, of span i's first word within its block; None asks for no digests. Waits
+        while too many pulls are prepared. Thread-safe; the spans are inside both regions.
+        """
+
+
 @dataclass(frozen=True)
 class BackendContext:
     """Handed to a backend's factory. `options` holds the settings that the backend registered as accepted."""

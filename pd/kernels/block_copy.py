@@ -6,7 +6,10 @@ import numpy as np
 import torch
 
 from pd.kernels import reference
-from pd.kernels.spans import I64, as_words, span_words
+from pd.kernels.spans import I64, Share, as_words, share_table, span_words, word_alignment
+
+#: Runs of words that a program of `copy_share` takes at a time: 32 KiB, by 8 warps.
+SHARE_ROWS = 64
 
 
 def copy_spans(source: torch.Tensor, target: torch.Tensor, spans: I64) -> None:
@@ -26,6 +29,41 @@ def copy_and_digest(source: torch.Tensor, target: torch.Tensor, spans: I64, posi
     digests = torch.zeros(len(spans), dtype=torch.int64, device=source.device)
     _copy(source, target, spans, (positions, digests))
     return digests
+
+
+def plan_share(
+    source: torch.Tensor, target: torch.Tensor, spans: I64, positions: I64, table: I64, rows: int = SHARE_ROWS
+) -> Share:
+    """What `copy_share` needs for the spans of `copy_and_digest`: fills `table` int64[n + 1, 5], in host memory."""
+    words = np.empty((len(spans), 4), dtype=np.int64, order="F")
+    words[:, 0] = span_words("source", source, spans[:, 0], spans[:, 2])
+    words[:, 1] = span_words("target", target, spans[:, 1], spans[:, 2])
+    words[:, 2], words[:, 3] = spans[:, 2] >> 3, positions
+    return Share(rows, share_table(table, words, rows), word_alignment(words, source, target))
+
+
+def copy_share(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    share: Share,
+    table: torch.Tensor,
+    digests: torch.Tensor,
+    programs: int,
+) -> None:
+    """`copy_and_digest` by at most `programs` programs, which bounds the multiprocessors that it takes from others.
+
+    `source` and `target` are int64[words]; `table` is that of `plan_share`, brought to the device. Digests are added to
+    `digests` int64[n]. Runs on the current stream of the current device, which is the target's; nothing waits.
+    """
+    if not target.is_cuda:
+        rows = table.numpy()[:-1, :4]
+        reference.copy_spans(source, target, rows)
+        digests += reference.digest_spans(source, rows)
+        return
+    from pd.kernels.spans_triton import run_share
+
+    if share.tiles:
+        run_share(source, target, digests, table, share, min(programs, share.tiles))
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, spans: I64, digest: tuple[I64, torch.Tensor] | None) -> None:

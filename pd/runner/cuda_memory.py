@@ -1,4 +1,4 @@
-"""`pd.abc.transfer.DeviceMemory` of a CUDA GPU, and memory of one as a `Region`."""
+"""`pd.abc.transfer.SharedDeviceMemory` of a CUDA GPU, and memory of one as a `Region`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pd.abc.transfer import Region
+from pd.abc.transfer import MappedMemory, Region
 from pd.errors import ConfigError, TransferError
 from pd.kernels.digest import digest_spans
+from pd.runner.cuda_ipc import SPANS, CudaMapping, CudaPull, CudaPulls
 
 U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 #: Bytes of a pinned buffer: long enough for PCIe's full speed, short enough that what the host copies stays cached.
@@ -89,16 +91,18 @@ class CudaMemory:
     return when they are done.
     """
 
-    def __init__(self, index: int) -> None:
-        """Of "cuda:`index`"."""
+    def __init__(self, index: int, alone: Callable[[], bool] = lambda: False) -> None:
+        """Of "cuda:`index`". `alone` may say, from any thread, that no step runs: pulls then take the whole GPU."""
         self._device = torch.device("cuda", index)
+        runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")  # torch has loaded it
         with torch.cuda.device(self._device):
             self._digests = torch.cuda.Stream()
-            self._flush = _remote_writes_flush(index)
+            self._flush = _remote_writes_flush(runtime, index)
             # Made before there are steps: to pin memory can make the driver wait for all that runs.
             self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(LANES):
                 self._lanes.put(_Lane())
+        self.pulls = CudaPulls(self._device, runtime, alone)
         self._warm_up()
 
     @property
@@ -140,6 +144,20 @@ class CudaMemory:
         """
         with torch.cuda.device(self._device):
             self._flush()
+
+    @property
+    def pull_spans(self) -> int:
+        return SPANS
+
+    def export(self, regions: Sequence[Region]) -> bytes:
+        return self.pulls.export(regions)
+
+    def open(self, handle: bytes, sizes: Sequence[int]) -> CudaMapping:
+        return self.pulls.open(handle, sizes)
+
+    def prepare(self, mapped: MappedMemory, source: int, region: Region, spans: I64, words: U64 | None) -> CudaPull:
+        assert isinstance(mapped, CudaMapping)
+        return self.pulls.prepare(mapped, source, self._span(region, 0, region.nbytes), spans, words)
 
     def _span(self, region: Region, offset: int, length: int) -> torch.Tensor:
         if region.device != self.device:
@@ -206,9 +224,8 @@ class _Lane:
         np.copyto(part, self._buffers[i % 2][: len(part)].numpy())
 
 
-def _remote_writes_flush(index: int) -> Callable[[], None]:
+def _remote_writes_flush(runtime: ctypes.CDLL, index: int) -> Callable[[], None]:
     """What makes the writes of a network card visible to later kernels of the current device; nothing if they are."""
-    runtime = ctypes.CDLL(f"libcudart.so.{(torch.version.cuda or '').partition('.')[0]}")  # torch has loaded it
 
     def attribute(number: int) -> int:
         value = ctypes.c_int()

@@ -77,7 +77,7 @@ class TransferFaults(TransferHarness):
         source = self.here.memory.copy()
         self.works(other)
         self.bounded("reset_peer", lambda: self.here.reset_peer("frozen"))
-        self.here.memory[:] = source
+        self.here.write(0, source)
         frozen.thaw()
         self.connect(frozen)
         self.works(frozen)

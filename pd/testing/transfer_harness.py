@@ -33,6 +33,8 @@ class TransferHarness:
     """Settings and helpers of `pd.testing.TransferConformance`."""
 
     factory: ClassVar[str] = ""
+    #: An end of a transfer; its module, run as a program, calls `pd.testing.transfer_peer.main` with it.
+    side: ClassVar[type[Side]] = Side
     options: ClassVar[Mapping[str, str]] = {}
     host: ClassVar[str] = "127.0.0.1"
     secret: ClassVar[str] = ""
@@ -69,13 +71,14 @@ class TransferHarness:
     # --- helpers, also for a backend's own tests ---
 
     def local(self, identity: str) -> Side:
-        side = Side(self.factory, self.host, self.secret, self.options)
+        side = self.side(self.factory, self.host, self.secret, self.options)
         self._sides.append(side)
         side.open(identity, self.region, BLOCK)
         return side
 
     def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
-        remote = RemoteSide(self.factory, self.host, self.secret if secret is None else secret, self.options)
+        secret = self.secret if secret is None else secret
+        remote = RemoteSide(self.factory, self.host, secret, self.options, module=self.side.__module__)
         self._remotes.append(remote)
         remote.identity = identity
         remote.call("open", identity, self.region, BLOCK)
@@ -164,7 +167,7 @@ class TransferHarness:
 
     def works(self, remote: RemoteSide, tag: int = 1 << 40) -> None:
         """One block gets there."""
-        self.here.memory[:BLOCK] = pattern(77, BLOCK)
+        self.here.write(0, pattern(77, BLOCK))
         remote.call("fill", MARK)
         remote.call("grant", tag, [[BLOCK, BLOCK]], "here")
         rows = self.rows([(0, 1)])

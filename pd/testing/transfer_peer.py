@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pd.abc import BackendContext, Peer, Region, TransferBackend
+from pd.abc import BackendContext, DeviceMemory, Peer, Region, TransferBackend
 from pd.errors import PeerLost, TransferError
 
 CALL_TIMEOUT = 30.0
@@ -49,39 +49,54 @@ class HostMemory:
         """Nothing to do."""
 
 
-def make_backend(factory: str, host: str, secret: bytes | None, options: Mapping[str, str]) -> TransferBackend:
+def make_backend(
+    factory: str, host: str, secret: bytes | None, options: Mapping[str, str], memory: DeviceMemory
+) -> TransferBackend:
     """A backend from the dotted name "module:function" of its factory."""
     module, _, name = factory.partition(":")
     make = getattr(importlib.import_module(module), name)
-    backend = make(BackendContext(host=host, device="cpu", memory=HostMemory(), secret=secret, options=options))
+    backend = make(BackendContext(host=host, device=memory.device, memory=memory, secret=secret, options=options))
     assert isinstance(backend, TransferBackend)
     return backend
 
 
 class Side:
-    """A backend with one region of host memory. Methods take and return what JSON can carry."""
+    """A backend with one region of host memory. Methods take and return what JSON can carry.
+
+    A subclass for device memory overrides `device_memory`, `allocate`, `memory` and `write`.
+    """
 
     def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
-        self.backend = make_backend(factory, host, secret.encode() if secret else None, options)
+        self.device = self.device_memory()
+        self.backend = make_backend(factory, host, secret.encode() if secret else None, options, self.device)
         self.capabilities = self.backend.capabilities
         self._peers: dict[str, Peer] = {}
         self._tickets: list[Any] = []
         self._region: Region | None = None
 
+    def device_memory(self) -> DeviceMemory:
+        return HostMemory()
+
+    def allocate(self, nbytes: int) -> Region:
+        """Zeroed memory that the backend does not supply."""
+        raw = np.zeros(nbytes, dtype=np.uint8)
+        return Region(0, int(raw.ctypes.data), nbytes, "cpu", raw.data, raw)
+
     def open(self, identity: str, nbytes: int, block_bytes: int = 0) -> None:
         self.backend.open(identity)
-        region = self.backend.allocate(nbytes, "cpu")
-        if region is None:
-            raw = np.zeros(nbytes, dtype=np.uint8)
-            region = Region(0, int(raw.ctypes.data), nbytes, "cpu", raw.data, raw)
+        region = self.backend.allocate(nbytes, self.device.device) or self.allocate(nbytes)
         self._region = replace(region, index=0, block_bytes=block_bytes)
         self.backend.register([self._region])
 
     @property
-    def memory(self) -> np.ndarray:
-        """The region as uint8[nbytes]."""
+    def region(self) -> Region:
         assert self._region is not None
-        return np.frombuffer(self._region.buffer, dtype=np.uint8)  # type: ignore[arg-type]
+        return self._region
+
+    @property
+    def memory(self) -> np.ndarray:
+        """The region as uint8[nbytes], or a copy of it: it is changed by `write`."""
+        return np.frombuffer(self.region.buffer, dtype=np.uint8)  # type: ignore[arg-type]
 
     def descriptor(self) -> str:
         return self.backend.descriptor().hex()
@@ -92,12 +107,16 @@ class Side:
 
     # --- memory ---
 
+    def write(self, offset: int, data: np.ndarray) -> None:
+        self.memory[offset : offset + data.size] = data
+
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
-        self.memory[offset : None if length is None else offset + length] = value
+        count = self.region.nbytes - offset if length is None else length
+        self.write(offset, np.full(count, value, dtype=np.uint8))
 
     def pattern(self, seed: int) -> None:
         """Random bytes all over, the same for the same seed and size."""
-        self.memory[:] = pattern(seed, self.memory.size)
+        self.write(0, pattern(seed, self.region.nbytes))
 
     def checksum(self) -> str:
         return checksum(self.memory)

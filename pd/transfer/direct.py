@@ -2,13 +2,17 @@
 
 The sender only announces what is ready. The receiver copies it out of the sender's memory under a lock that `revoke`
 also takes, applies only what is granted, digests it while it is in the cache, and acknowledges. On one host it maps the
-sender's pool (a memfd whose descriptor came over a unix socket), otherwise it pulls the bytes through TCP.
+sender's pool (a memfd whose descriptor came over a unix socket, or the memory of a GPU), otherwise it pulls the bytes
+through TCP. Where a pool is device memory that the peer cannot map, these bytes are staged in host memory here, window
+by window; so the core need not stage anything.
 
-Threads: one accepts, one per connection serves it; all of them wait in poll(2) and cost nothing while idle.
+Threads: one accepts, one per connection serves it, and one more pulls where device memory is mapped; all of them cost
+nothing while idle.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import select
 import socket
@@ -21,14 +25,25 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, TransferCapabilities, reachable_address
+from pd.abc import (
+    BackendContext,
+    Peer,
+    Region,
+    SharedDeviceMemory,
+    Spans,
+    TransferCapabilities,
+    reachable_address,
+)
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.ipc.memory import SharedMemory
+from pd.transfer.digest import WORD
 from pd.transfer.direct_ledger import Ledger, sizes_of, within
 from pd.transfer.direct_receive import Incoming, Receiver
 from pd.transfer.direct_send import Outgoing, Sender, Ticket, dial
 from pd.transfer.direct_shm import Target
-from pd.transfer.direct_wire import HANDSHAKE_TIMEOUT, MAX_SPANS, new_nonce
+from pd.transfer.direct_staged import DeviceSource
+from pd.transfer.direct_tcp import HostSource
+from pd.transfer.direct_wire import DEVICE, HANDSHAKE_TIMEOUT, MAX_SPANS, SHM, STREAM, new_nonce
 
 #: Longest wait of revoke and expel for a copy that is under way (one takes well under a millisecond).
 QUIET_TIMEOUT = 5.0
@@ -38,7 +53,10 @@ UNPROVEN_LIMIT = 64
 
 
 class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct/1"):
-    """`machine` and `path` reach the unix socket, `host` and `port` the TCP one; "" where it does not listen."""
+    """`machine` and `path` reach the unix socket, `host` and `port` the TCP one; "" where it does not listen.
+
+    `device` is the kind of memory of the regions: "cpu", "cuda", …
+    """
 
     identity: str
     machine: str
@@ -46,6 +64,7 @@ class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct
     host: str
     port: int
     regions: list[int]
+    device: str = "cpu"
 
 
 def machine_id() -> str:
@@ -53,24 +72,38 @@ def machine_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+def way_to_offer(near: bool, here: str, there: str, shareable: bool) -> str:
+    """How bytes may go to a peer: `near` says that a unix socket reaches it, `here` and `there` are kinds of memory.
+
+    `shareable`: ours can be mapped by others. Whether this peer can map it, it finds out itself.
+    """
+    if not near or not shareable or here != there:
+        return STREAM
+    return SHM if here == "cpu" else DEVICE
+
+
 class DirectBackend:
     """See the module.
 
-    Options: `transfer_memory` auto | shm | tcp; `insecure_control_plane` opens TCP beyond this host without a secret.
+    Options: `transfer_memory` auto | shm | tcp, shm standing for any memory that is mapped on one host;
+    `insecure_control_plane` opens TCP beyond this host without a secret.
     """
-
-    capabilities = TransferCapabilities(
-        memory_kinds=frozenset({"cpu"}),
-        max_spans_per_post=1024,
-        concurrent_posts=True,
-        revocable=True,
-        returns_digests=True,
-        allocates=True,
-        quiet_errors=True,
-    )
 
     def __init__(self, context: BackendContext) -> None:
         self._context = context
+        self._kind = context.device.partition(":")[0]
+        self.capabilities = TransferCapabilities(
+            memory_kinds=frozenset({"cpu", self._kind}),
+            # A copy by the host is longer than what surrounds it; a device copies 1,024 small spans in less time.
+            max_spans_per_post=1024 if self._kind == "cpu" else MAX_SPANS,
+            concurrent_posts=True,
+            revocable=True,
+            returns_digests=True,
+            allocates=True,
+            quiet_errors=True,
+        )
+        #: Connections made as sender, by the way that their bytes go.
+        self.ways: collections.Counter[str] = collections.Counter()
         self._memory = context.options.get("transfer_memory", "auto")
         if self._memory not in ("auto", "shm", "tcp"):
             raise BackendUnavailable("direct", f"transfer_memory={self._memory}", "use auto, shm or tcp")
@@ -126,21 +159,21 @@ class DirectBackend:
 
     def register(self, regions: Sequence[Region]) -> None:
         for region in regions:
-            if region.buffer is None:
-                raise TransferError(f"direct reads host memory only, not {region.device}")
+            if region.device.partition(":")[0] != self._kind or (region.buffer is None) != (self._kind != "cpu"):
+                raise TransferError(f"a region of {region.device} in a backend for {self._context.device}")
         self._regions = tuple(regions)
         key = self._context.secret or b""
         log = self._context.log
         ledger, target = Ledger(regions), Target(regions)
-        self._receiver = Receiver(self._identity, key, ledger, target, log, self._fail)
-        owned = [self._shared.get(region.address) for region in regions]
-        fds = [one.fd for one in owned if one is not None]
+        self._receiver = Receiver(self._identity, key, ledger, target, self._context.memory, log, self._fail)
         self._sender = Sender(
             self._identity,
             key,
             [region.nbytes for region in regions],
-            [region.buffer for region in regions if region.buffer is not None],
-            fds if len(fds) == len(regions) else [],
+            DeviceSource(regions, self._context.memory) if target.on_device else HostSource(regions),
+            self._descriptors(regions),
+            self._export(regions),
+            self._context.memory.enter,
             log,
             self._fail,
         )
@@ -151,11 +184,28 @@ class DirectBackend:
         self._acceptor = threading.Thread(target=self._accept, name="pd-direct-accept", daemon=True)
         self._acceptor.start()
 
+    def _descriptors(self, regions: Sequence[Region]) -> list[int]:
+        """Of the regions' shared memory; none where one of them is not."""
+        owned = [self._shared.get(region.address) for region in regions]
+        fds = [one.fd for one in owned if one is not None]
+        return fds if len(fds) == len(regions) else []
+
+    def _export(self, regions: Sequence[Region]) -> bytes:
+        """What lets others map the regions, if they are device memory; empty where that is impossible."""
+        memory = self._context.memory
+        if self._kind == "cpu" or self._memory == "tcp" or not isinstance(memory, SharedDeviceMemory):
+            return b""
+        try:
+            return memory.export(regions)
+        except TransferError as error:
+            self._context.log("device memory cannot be shared", reason=error.reason)
+            return b""
+
     def descriptor(self) -> bytes:
         host = reachable_address(self._host) if self._port else ""
         sizes = [region.nbytes for region in self._regions]
         return msgspec.msgpack.encode(
-            DirectDescriptor(self._identity, machine_id(), self._path, host, self._port, sizes)
+            DirectDescriptor(self._identity, machine_id(), self._path, host, self._port, sizes, self._kind)
         )
 
     def close(self) -> None:
@@ -241,26 +291,29 @@ class DirectBackend:
             raise PeerLost(there.identity, "this backend is closed")
         if any(not 0 < size < 1 << 48 for size in there.regions):
             raise TransferError("not a descriptor of direct: region sizes")
-        sock, shm = self._reach(there, bool(sender.fds))
+        sock, near = self._reach(there)
         try:
-            page = dial(sock, sender, there.identity, shm)
+            offer = way_to_offer(near, self._kind, there.device, bool(sender.fds or sender.handle))
+            way, note, page = dial(sock, sender, there.identity, offer)
         except BaseException:
             sock.close()
             raise
+        self._context.log("connected", receiver=there.identity, way=way, near=near, note=note)
         peer = Outgoing(sock, sender, there.identity, np.array(there.regions, dtype=np.uint64), page)
         with self._lock:
             self._outgoing.add(peer)
+            self.ways[way] += 1
         return peer
 
-    def _reach(self, there: DirectDescriptor, shareable: bool) -> tuple[socket.socket, bool]:
-        """A connected socket, and whether memory can be shared over it."""
+    def _reach(self, there: DirectDescriptor) -> tuple[socket.socket, bool]:
+        """A connected socket, and whether it is a unix one: whether memory can be shared over it."""
         reason = "it does not listen for what transfer_memory allows here"
         if self._memory != "tcp" and there.path and there.machine == machine_id():
             unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             unix.settimeout(HANDSHAKE_TIMEOUT)
             try:
                 unix.connect("\0" + there.path)
-                return unix, shareable
+                return unix, True
             except (OSError, ValueError) as error:  # gone, or in another network namespace: try TCP
                 unix.close()
                 reason = str(error)
@@ -283,6 +336,8 @@ class DirectBackend:
             raise TransferError("a span outside the local regions")
         if not within(spans[:, 2], spans[:, 3], spans[:, 4], peer.sizes):
             raise TransferError("a span outside the peer's regions")
+        if self._kind != "cpu" and np.any((spans[:, 1] | spans[:, 3] | spans[:, 4]) & np.uint64(WORD - 1)):
+            raise TransferError(f"spans of device memory are whole words of {WORD} bytes")
         if not len(spans):
             ticket = Ticket()
             ticket.done = True

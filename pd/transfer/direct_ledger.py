@@ -173,19 +173,24 @@ class Chunks:
     """A post cut into chunks that are copied, and digested, in one call each.
 
     `table` int64[n, 6]: sender's region and offset, our region and offset, length, position of the first word in its
-    block. `piece_starts`: the chunk with which each digest piece begins; empty where this post gets no digests. `unit`:
-    the length of every chunk, if that is one length of which all offsets are multiples, whole runs, in one region here
-    and there (blocks, usually); else 0.
+    block. `piece_starts`: the chunk with which each digest piece begins; empty where this post gets no digests.
     """
 
     table: I64
-    unit: int
     piece_starts: I64
     pieces: I64  # int64[m, 3]: region, offset, length
 
     @property
     def digested(self) -> bool:
         return len(self.piece_starts) > 0
+
+    @cached_property
+    def unit(self) -> int:
+        """The length of every chunk, if that is one length of which all offsets are multiples, whole runs, in one
+
+        region here and there (blocks, usually); else 0.
+        """
+        return _unit(self.table)
 
     @cached_property
     def region(self) -> list[int]:
@@ -208,7 +213,7 @@ class Chunks:
         values: list[int] = (self.table[:, index] // divisor if divisor > 1 else self.table[:, index]).tolist()
         return values
 
-    def applied(self, sums: Sequence[np.uint64]) -> U64:
+    def applied(self, sums: Sequence[np.uint64] | U64) -> U64:
         """The chunks' digests added up to pieces: uint64[m, 4] (region, offset, length, digest)."""
         out = np.empty((len(self.pieces), 4), dtype=np.uint64)
         out[:, :3] = self.pieces
@@ -216,27 +221,38 @@ class Chunks:
         return out
 
 
-def cut(spans: Spans, regions: Sequence[Region]) -> Chunks:
+def cut(spans: Spans, regions: Sequence[Region], longest: int = 0) -> Chunks:
     """Cut checked spans (columns: sender's region and offset, ours, length) at block boundaries and into chunks.
 
-    A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks.
+    A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks. Those have
+    at most `longest` bytes; 0 stands for what suits a copy by the host.
     """
-    table = np.zeros((len(spans), 6), dtype=np.int64)
+    table = np.zeros((len(spans), 6), dtype=np.int64, order="F")  # what follows is done by column
     table[:, :5] = spans
     blocks = np.array([one.block_bytes for one in regions], dtype=np.int64)[table[:, 2]]
-    digested = bool(np.all(blocks)) and not np.any((table[:, 3] | table[:, 4] | blocks) % WORD)
+    digested = bool(np.all(blocks)) and not np.any((table[:, 3] | table[:, 4] | blocks) & (WORD - 1))
     pieces = table[:, 2:5]
     starts = np.zeros(0, np.int64)
     if digested:
-        inside = table[:, 3] % blocks
+        inside = _modulo(table[:, 3], blocks)
         table, source = _split(table, blocks - inside, blocks)
         pieces, blocks = table[:, 2:5], blocks[source]
-    table, source = _split(table, *2 * (np.full(len(table), CHUNK if digested else COPY, np.int64),))
+    longest = longest or (CHUNK if digested else COPY)
+    table, source = _split(table, *2 * (np.full(len(table), longest, np.int64),))
     if digested:
         first = np.array([one.first_word for one in regions], dtype=np.int64)[table[:, 2]]
-        table[:, 5] = first + table[:, 3] % blocks[source] // WORD
+        table[:, 5] = first + (_modulo(table[:, 3], blocks[source]) >> 3)
         starts = np.flatnonzero(np.diff(source, prepend=-1))
-    return Chunks(table, _unit(table), starts, pieces)
+    return Chunks(table, starts, pieces)
+
+
+def _modulo(offsets: I64, sizes: I64) -> I64:
+    """offsets % sizes, without the division where all sizes are the same power of two."""
+    size = int(sizes[0]) if len(sizes) else 0
+    if size & (size - 1) == 0 and np.all(sizes == size):
+        return offsets & (size - 1)
+    remainder: I64 = offsets % sizes
+    return remainder
 
 
 def _split(table: I64, first: I64, step: I64) -> tuple[I64, I64]:

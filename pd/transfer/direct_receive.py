@@ -12,18 +12,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd.errors import PdError, ProtocolError
+from pd.abc import DeviceMemory, SharedDeviceMemory
+from pd.errors import PdError, ProtocolError, TransferError
+from pd.transfer.digest import WORD
+from pd.transfer.direct_device import PULL_BYTES, DevicePost, PeerDevice, Puller
 from pd.transfer.direct_ledger import Grant, Ledger, cut, within
 from pd.transfer.direct_shm import PeerMemory, Target, copy_chunks
+from pd.transfer.direct_staged import STAGE, StagedReceiver
 from pd.transfer.direct_tcp import Stream, StreamReceiver
 from pd.transfer.direct_wire import (
     ACK,
     DATA,
+    DEVICE,
     HANDSHAKE_TIMEOUT,
     MAGIC,
     OK,
     POST,
     REFUSED,
+    SHM,
+    STREAM,
     ClientHello,
     Link,
     LinkClosed,
@@ -49,6 +56,7 @@ class Receiver:
     key: bytes
     ledger: Ledger
     target: Target
+    memory: DeviceMemory
     log: Callable[..., None]
     failed: Callable[[BaseException], None]  # an exception that is a defect, not a peer's doing
 
@@ -65,6 +73,7 @@ class Incoming:
         self._closing = False
         self._lock = threading.Lock()
         self._memory: PeerMemory | None = None
+        self._puller: Puller | None = None
         self._streams: StreamReceiver | None = None
         self._sizes = np.zeros(0, np.uint64)
         self.thread = threading.Thread(target=self._run, name="pd-direct-in", daemon=True)
@@ -88,6 +97,7 @@ class Incoming:
 
     def _run(self) -> None:
         try:
+            self._shared.memory.enter()
             self._handshake()
             self._serve()
         except (LinkClosed, OSError) as error:
@@ -99,6 +109,7 @@ class Incoming:
             self._shared.failed(error)
         finally:
             self._memory = None
+            self._unmap()
             with self._lock:
                 self._closing = True
                 if self._link is not None:
@@ -122,19 +133,49 @@ class Incoming:
             if problem:
                 send_hello(sock, ServerHello(problem))
                 raise ProtocolError("handshake", problem)
-            if hello.mode == "shm":
-                self._memory = PeerMemory(fds, hello.regions)
+            mode, note = self._map(hello, fds)
         finally:
             close_all(fds)
         self._sizes = np.array(hello.regions, dtype=np.uint64)
         self.sender = hello.identity
-        send_hello(sock, ServerHello("", server_mac(shared.key, nonce, hello)))
+        send_hello(sock, ServerHello("", server_mac(shared.key, nonce, hello, mode), mode, note))
+        shared.log("data connection", sender=self.sender, way=mode, note=note)
         with self._lock:
             if self._closing or shared.ledger.is_expelled(self.sender):
                 raise LinkClosed("closed here")
             self._link = Link(sock)
-        if self._memory is None:
-            self._streams = StreamReceiver(self._link, shared.target)
+        if mode == STREAM:
+            self._streams = (
+                StagedReceiver(self._link, shared.target, shared.memory)
+                if shared.target.on_device
+                else StreamReceiver(self._link, shared.target)
+            )
+
+    def _map(self, hello: ClientHello, fds: list[int]) -> tuple[str, str]:
+        """Take what is offered if it can be used here: the way that the bytes go, and why it is not the offered one."""
+        shared = self._shared
+        if hello.mode == SHM and not shared.target.on_device:
+            self._memory = PeerMemory(fds, hello.regions)
+            return SHM, ""
+        if hello.mode == DEVICE and shared.target.on_device and isinstance(shared.memory, SharedDeviceMemory):
+            try:
+                source = PeerDevice(shared.memory, hello.handle, fds, hello.regions)
+            except TransferError as error:
+                return STREAM, error.reason
+            self._puller = Puller(source, shared.target, shared.memory, self._pulled, self._broken)
+            return DEVICE, ""
+        return STREAM, "" if hello.mode == STREAM else f"this pool cannot take {hello.mode}"
+
+    def _unmap(self) -> None:
+        if self._puller is not None:
+            try:
+                self._puller.close()
+            except TransferError as error:  # it stays mapped, and harms nobody
+                self._shared.log("a peer's device memory cannot be unmapped", sender=self.sender, reason=error.reason)
+
+    def _broken(self, error: BaseException) -> None:
+        self._shared.failed(error)
+        self.close()
 
     def _problem(self, hello: ClientHello, nonce: bytes) -> str:
         if not hmac.compare_digest(client_mac(self._shared.key, nonce, hello), hello.mac):
@@ -143,7 +184,7 @@ class Incoming:
             return f"this is {self._shared.identity}, not {hello.target}"
         if self._shared.ledger.is_expelled(hello.identity):
             return f"{hello.identity} is expelled"
-        if hello.mode not in ("shm", "stream") or (hello.mode == "shm" and self._sock.family != socket.AF_UNIX):
+        if hello.mode not in (SHM, DEVICE, STREAM) or (hello.mode != STREAM and self._sock.family != socket.AF_UNIX):
             return f"mode {hello.mode}"
         if any(not 0 < size < 1 << 48 for size in hello.regions):
             return "region sizes"
@@ -170,7 +211,11 @@ class Incoming:
         if grant is None:
             link.send(ACK, ticket, REFUSED, payload=problem.encode())
             return
-        chunks = cut(spans, self._shared.target.regions)
+        longest = PULL_BYTES if self._puller is not None else STAGE if self._shared.target.on_device else 0
+        chunks = cut(spans, self._shared.target.regions, longest)
+        if self._puller is not None:
+            self._puller.add(DevicePost(ticket, tag, grant, chunks))
+            return
         if self._streams is not None:
             stream = Stream(ticket, tag, grant, chunks, int(spans[:, 4].sum()))
             for ended in self._streams.add(stream):
@@ -187,15 +232,28 @@ class Incoming:
 
     def _check(self, spans: np.ndarray, tag: int) -> tuple[str, Grant | None]:
         """Nothing of a post is applied unless all of it is inside both sides' regions and granted."""
-        if not within(spans[:, 0], spans[:, 1], spans[:, 4], self._sizes):
+        source, at, region, to, length = np.ascontiguousarray(spans.T)
+        if not within(source, at, length, self._sizes):
             return "outside the sender's regions", None
-        if not within(spans[:, 2], spans[:, 3], spans[:, 4], self._shared.ledger.sizes):
+        if not within(region, to, length, self._shared.ledger.sizes):
             return "outside the receiver's regions", None
+        if self._shared.target.on_device and np.any((at | to | length) & np.uint64(WORD - 1)):
+            return f"not in words of {WORD} bytes", None
         grant = self._shared.ledger.find(self.sender, tag, GRANT_PATIENCE)
-        local = spans.astype(np.int64)
-        if grant is None or not grant.live or not grant.covers(local[:, 2], local[:, 3], local[:, 4]):
+        local = [column.astype(np.int64) for column in (region, to, length)]
+        if grant is None or not grant.live or not grant.covers(*local):
             return "not granted", None
         return "", grant
+
+    def _pulled(self, post: DevicePost) -> None:
+        link = self._link
+        assert link is not None
+        if not post.landed:
+            link.send(ACK, post.ticket, REFUSED, payload=b"revoked")
+            return
+        if post.chunks.digested:
+            self._shared.ledger.record(self.sender, post.tag, post.chunks.applied(np.concatenate(post.sums)))
+        link.send(ACK, post.ticket, OK)
 
     def _stream_ended(self, link: Link, stream: Stream) -> None:
         if not stream.landed:

@@ -16,15 +16,18 @@ import numpy as np
 from pd.abc import Spans
 from pd.errors import PdError, PeerLost, ProtocolError, TransferError
 from pd.transfer.direct_shm import EpochPage
-from pd.transfer.direct_tcp import StreamSource
+from pd.transfer.direct_tcp import ReadRegion, StreamSource
 from pd.transfer.direct_wire import (
     ACK,
     DATA,
+    DEVICE,
     HANDSHAKE_TIMEOUT,
     HEADER,
     OK,
     POST,
     PULL,
+    SHM,
+    STREAM,
     ClientHello,
     Link,
     LinkClosed,
@@ -38,16 +41,24 @@ from pd.transfer.direct_wire import (
     server_mac,
 )
 
+#: Seconds for a handshake in which the receiver maps device memory, which takes longest the first time.
+MAPPING_TIMEOUT = 5.0
+
 
 @dataclass(frozen=True)
 class Sender:
-    """What all outgoing connections of one backend share. `fds`: one per region; empty when they cannot be shared."""
+    """What all outgoing connections of one backend share.
+
+    `fds`: one per region of host memory, `handle`: of device memory; empty when it cannot be shared.
+    """
 
     identity: str
     key: bytes
     sizes: Sequence[int]
-    views: list[memoryview]
+    read: ReadRegion
     fds: Sequence[int]
+    handle: bytes
+    enter: Callable[[], None]  # for a thread that reads
     log: Callable[..., None]
     failed: Callable[[BaseException], None]
 
@@ -63,28 +74,38 @@ class Ticket:
         self.source = source
 
 
-def dial(sock: socket.socket, sender: Sender, target: str, shm: bool) -> EpochPage | None:
-    """Prove and ask proof; with `shm` hand over the regions. Raises PeerLost."""
-    deadline = time.monotonic() + HANDSHAKE_TIMEOUT
-    page = EpochPage() if shm else None
+def dial(sock: socket.socket, sender: Sender, target: str, offer: str) -> tuple[str, str, EpochPage | None]:
+    """Prove and ask proof, and offer a way.
+
+    Returns the way that the receiver took, why if it is another one, and what ends it. Raises PeerLost.
+    """
+    deadline = time.monotonic() + (MAPPING_TIMEOUT if offer == DEVICE else HANDSHAKE_TIMEOUT)
+    page = EpochPage() if offer != STREAM else None
     try:
         if sock.family == socket.AF_UNIX and not same_user(sock):
             raise ProtocolError("handshake", "the listener is another user's process")
         nonce = receive_greeting(sock, deadline)
-        hello = ClientHello(new_nonce(), sender.identity, target, "shm" if shm else "stream", list(sender.sizes))
+        handle = sender.handle if offer == DEVICE else b""
+        hello = ClientHello(new_nonce(), sender.identity, target, offer, list(sender.sizes), handle=handle)
         hello = msgspec.structs.replace(hello, mac=client_mac(sender.key, nonce, hello))
-        send_hello(sock, hello, [*sender.fds, page.fd] if page else [])
+        shared = [*(sender.fds if offer == SHM else ()), *([page.fd] if page else ())]
+        send_hello(sock, hello, shared)
         answer, _ = receive_hello(sock, ServerHello, deadline)
         assert isinstance(answer, ServerHello)
         if answer.problem:
             raise ProtocolError("handshake", answer.problem)
-        if not hmac.compare_digest(server_mac(sender.key, nonce, hello), answer.mac):
+        if not hmac.compare_digest(server_mac(sender.key, nonce, hello, answer.mode), answer.mac):
             raise ProtocolError("handshake", "the listener's token is not this cluster's")
+        if answer.mode not in (offer, STREAM):
+            raise ProtocolError("handshake", f"mode {answer.mode}")
     except (OSError, LinkClosed, PdError) as error:
         if page is not None:
             page.close()
         raise PeerLost(target, str(error)) from error
-    return page
+    if page is not None and answer.mode == STREAM:
+        page.close()
+        page = None
+    return answer.mode, answer.note, page
 
 
 class Outgoing:
@@ -144,6 +165,7 @@ class Outgoing:
     def _run(self) -> None:
         reason = "closed"
         try:
+            self._shared.enter()
             self._serve()
         except (LinkClosed, OSError, PdError) as error:
             reason = str(error)
@@ -167,7 +189,7 @@ class Outgoing:
                 ticket = self._pending.get(a)
                 if ticket is None or ticket.source is None:
                     raise ProtocolError("frame", "asked for an unknown post")
-                views = ticket.source.views(b, c, self._shared.views)
+                views = ticket.source.views(b, c, self._shared.read)
                 link.send_buffers([memoryview(HEADER.pack(DATA, 0, a, b, c)), *views])
             else:
                 raise ProtocolError("frame", f"kind {kind}")

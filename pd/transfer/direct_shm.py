@@ -58,6 +58,18 @@ class EpochPage:
                 self._memory.close()
 
 
+def map_memory(fd: int, size: int) -> mmap.mmap:
+    """Memory that a peer shares, read-only. Raises ProtocolError."""
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        # Reading beyond the end of a file is SIGBUS, so neither now nor later may it be shorter than it says.
+        if size <= 0 or not sealed or os.fstat(fd).st_size < size:
+            raise ProtocolError("handshake", "a region is smaller than declared, or not sealed")
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ProtocolError("handshake", f"a region cannot be mapped: {error}") from error
+
+
 class PeerMemory:
     """A sender's regions and epoch page, mapped read-only into the receiver."""
 
@@ -65,16 +77,7 @@ class PeerMemory:
         """Takes no ownership of `fds` (the regions, then the epoch page). Raises ProtocolError."""
         if len(fds) != len(sizes) + 1:
             raise ProtocolError("handshake", f"{len(fds)} descriptors for {len(sizes)} regions")
-        maps = []
-        for fd, size in zip(fds, [*sizes, PAGE], strict=True):
-            try:
-                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-                # Reading beyond the end of a file is SIGBUS, so neither now nor later may it be shorter than it says.
-                if size <= 0 or not sealed or os.fstat(fd).st_size < size:
-                    raise ProtocolError("handshake", "a region is smaller than declared, or not sealed")
-                maps.append(mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ))
-            except (OSError, ValueError, OverflowError) as error:
-                raise ProtocolError("handshake", f"a region cannot be mapped: {error}") from error
+        maps = [map_memory(fd, size) for fd, size in zip(fds, [*sizes, PAGE], strict=True)]
         self.sizes = np.array(sizes, dtype=np.uint64)
         self.regions: list[npt.NDArray[np.uint8]] = [np.frombuffer(one, dtype=np.uint8) for one in maps[:-1]]
         self.epoch = memoryview(maps[-1]).cast("Q")
@@ -84,10 +87,11 @@ class PeerMemory:
 
 
 class Target:
-    """The receiver's own regions as arrays."""
+    """The receiver's own regions, as arrays where they are host memory."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.regions = regions
+        self.on_device = any(one.buffer is None for one in regions)
         self.bytes = [np.frombuffer(one.buffer, dtype=np.uint8) for one in regions if one.buffer is not None]
         self.words = [raw[: raw.size // WORD * WORD].view(np.uint64) for raw in self.bytes]
         self.keys = run_keys(max((one.first_word + one.block_bytes // WORD for one in regions), default=1))

@@ -7,12 +7,14 @@ under the grant's lock and without waiting there; once a grant is gone the rest 
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pd.abc import Region
 from pd.errors import ProtocolError
 from pd.transfer.digest import digest_words
 from pd.transfer.direct_ledger import Chunks, Grant
@@ -144,6 +146,22 @@ def _digest(chunks: Chunks, index: int, target: Target) -> Any:
     return digest_words(target.words[chunks.region[index]][first : first + count], word, target.keys)
 
 
+#: A view of bytes of a sender's region: (region, offset, count).
+ReadRegion = Callable[[int, int, int], memoryview]
+
+
+class HostSource:
+    """A sender's regions in host memory, for `StreamSource`."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._views = [region.buffer for region in regions]
+
+    def __call__(self, region: int, offset: int, count: int) -> memoryview:
+        view = self._views[region]
+        assert view is not None
+        return view[offset : offset + count]
+
+
 class StreamSource:
     """A post on the sender's side: gives out views of its spans laid end to end."""
 
@@ -154,7 +172,7 @@ class StreamSource:
         self.total = int(self._ends[-1]) if len(table) else 0
         self._served = 0
 
-    def views(self, start: int, count: int, regions: list[memoryview]) -> list[memoryview]:
+    def views(self, start: int, count: int, read: ReadRegion) -> list[memoryview]:
         """Views of bytes [start, start + count). Raises ProtocolError unless they are the next ones of the post."""
         if start != self._served or not 0 < count <= self.total - start:
             raise ProtocolError("frame", "asked for bytes outside the post")
@@ -165,7 +183,7 @@ class StreamSource:
             end = int(self._ends[index])
             part = min(end - start, count)
             offset = int(self._offsets[index]) + start - (end - self._length(index))
-            out.append(regions[int(self._regions[index])][offset : offset + part])
+            out.append(read(int(self._regions[index]), offset, part))
             start, count, index = start + part, count - part, index + 1
         return out
 

@@ -46,6 +46,9 @@ PAYLOAD_LIMIT = MAX_SPANS * 40
 
 OK, REFUSED = 0, 1  # ACK status
 
+#: How the bytes go: see `ClientHello`.
+SHM, DEVICE, STREAM = "shm", "device", "stream"
+
 #: A host that vanished is noticed within about 10 s, whether or not data was on its way.
 TCP_LIVENESS = (
     (socket.TCP_KEEPIDLE, 3),
@@ -62,7 +65,11 @@ IOVECS = 256
 
 
 class ClientHello(msgspec.Struct, frozen=True, array_like=True):
-    """`mode` shm: the descriptors of the sender's regions and of its epoch page come with this message."""
+    """`mode` is what the sender offers.
+
+    shm: the descriptors of its regions and of its epoch page come with this message. device: the epoch page's does, and
+    `handle` is its device memory's. stream: it serves bytes over this connection, as it can in any case.
+    """
 
     nonce: bytes
     identity: str
@@ -70,11 +77,16 @@ class ClientHello(msgspec.Struct, frozen=True, array_like=True):
     mode: str
     regions: list[int]
     mac: bytes = b""
+    handle: bytes = b""
 
 
 class ServerHello(msgspec.Struct, frozen=True, array_like=True):
+    """`mode` is what the receiver takes: the one that was offered, or stream and why not (`note`)."""
+
     problem: str
     mac: bytes = b""
+    mode: str = STREAM
+    note: str = ""
 
 
 class LinkClosed(Exception):
@@ -86,8 +98,9 @@ def client_mac(key: bytes, server_nonce: bytes, hello: ClientHello) -> bytes:
     return hmac.digest(key, b"client" + server_nonce + body, hashlib.sha256)
 
 
-def server_mac(key: bytes, server_nonce: bytes, hello: ClientHello) -> bytes:
-    return hmac.digest(key, b"server" + server_nonce + hello.nonce + hello.target.encode(), hashlib.sha256)
+def server_mac(key: bytes, server_nonce: bytes, hello: ClientHello, mode: str) -> bytes:
+    body = b"server" + server_nonce + hello.nonce + msgspec.msgpack.encode([hello.target, mode])
+    return hmac.digest(key, body, hashlib.sha256)
 
 
 def new_nonce() -> bytes:

@@ -19,7 +19,7 @@ def pd_register_transfer_backends(register: RegisterBackend) -> None:
         BackendInfo(
             name="direct",
             factory=make_direct,
-            summary="built in: shared memory on one host, TCP otherwise; needs no third-party engine",
+            summary="built in: shared memory or CUDA IPC on one host, TCP otherwise; needs no third-party engine",
             accepts=frozenset({"transfer_memory", "insecure_control_plane"}),
         )
     )

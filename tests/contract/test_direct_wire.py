@@ -353,7 +353,7 @@ class FakeReceiver:
             sock.sendall(MAGIC + b"s" * NONCE)
             size = int.from_bytes(sock.recv(4, socket.MSG_WAITALL), "little")
             hello = msgspec.msgpack.decode(sock.recv(size, socket.MSG_WAITALL), type=ClientHello)
-            send_hello(sock, ServerHello("", server_mac(self._key, b"s" * NONCE, hello)))
+            send_hello(sock, ServerHello("", server_mac(self._key, b"s" * NONCE, hello, "stream")))
             then(sock)
 
     def run(self, then):

@@ -35,6 +35,7 @@ from pd.transfer.engine import EngineConfig, TransferEngine
 from pd.transfer.port import ChannelPort
 from pd.transfer.spans import Pool
 from pd.types import BlockShape
+from tests.shared_device import SharedDevice
 from tests.transfer_kit import NoDevice, i32, u64
 
 BLOCKS = 64
@@ -46,16 +47,17 @@ class Rank:
     def __init__(self, sockets, name, heads=(0, 4), memory="auto", timeout=10.0):
         self.name, self.heads = name, heads
         self.shape = BlockShape(tokens=8, kv_heads=heads[1] - heads[0], layers=2, head_dim=32, itemsize=2)
-        self.backend = DirectBackend(
-            BackendContext("127.0.0.1", "cpu", NoDevice(), b"key", {"transfer_memory": memory})
-        )
+        device = SharedDevice() if memory == "device" else NoDevice()
+        options = {"transfer_memory": "auto" if memory == "device" else memory}
+        self.backend = DirectBackend(BackendContext("127.0.0.1", device.device, device, b"key", options))
         self.backend.open(name)
-        region = self.backend.allocate(BLOCKS * self.shape.nbytes, "cpu")
+        nbytes = BLOCKS * self.shape.nbytes
+        region = device.allocate(nbytes) if memory == "device" else self.backend.allocate(nbytes, "cpu")
         self.pool = Pool(region, self.shape, heads[0])
-        self.memory = np.frombuffer(region.buffer, np.uint8).reshape(BLOCKS, self.shape.nbytes)
+        self.memory = np.frombuffer(region.owner.buffer, np.uint8).reshape(BLOCKS, self.shape.nbytes)
         self.failures = []
         config = EngineConfig(threads=2, queues=2, timeout=timeout)
-        self.engine = TransferEngine(self.backend, [self.pool], NoDevice(), config, self.failures.append)
+        self.engine = TransferEngine(self.backend, [self.pool], device, config, self.failures.append)
         self.engine.register()
         options = LinkOptions(heartbeat=0)
         here = sockets.listen(zmq.PAIR, f"inproc://{name}", options)
@@ -79,7 +81,7 @@ class Rank:
         )
 
     def digests(self, blocks, tokens):
-        return digest_blocks(self.pool.region.buffer, self.shape.nbytes, blocks, tokens, self.pool.geometry)
+        return digest_blocks(self.pool.region.owner.buffer, self.shape.nbytes, blocks, tokens, self.pool.geometry)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def ranks(sockets):
         assert rank.failures == []
 
 
-@pytest.mark.parametrize("memory", ["shm", "tcp"])
+@pytest.mark.parametrize("memory", ["shm", "tcp", "device"])
 def test_a_hand_off_lands_is_verified_and_its_grant_ends(ranks, memory):
     sender, receiver = ranks("P", memory=memory), ranks("D", memory=memory)
     sender.memory[:] = np.random.default_rng(0).integers(0, 256, sender.memory.shape, dtype=np.uint8)

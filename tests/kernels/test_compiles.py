@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pd.kernels.spans_triton import ROWS, span_pass
+from pd.kernels.block_copy import SHARE_ROWS
+from pd.kernels.spans_triton import ROWS, ROWS_PER_WARP, span_pass, span_share
 from tests.kernels.aot import Compiled, compile_sm90
 
 WORDS = dict.fromkeys(("source", "target", "digests", "table", "members"), "*i64:16")
@@ -31,3 +32,15 @@ def test_the_pass_over_spans_fits_and_accesses_16_bytes_at_a_time(does: str) -> 
     assert aligned.count("LDG.E.128") == ROWS * 64 // (128 * 2)
     assert odd.count("LDG.E.128") == 0
     assert aligned.count("STG.E.128") == (aligned.count("LDG.E.128") if "copy" in does else 0)
+
+
+def test_a_share_of_the_pass_fits_and_accesses_16_bytes_at_a_time() -> None:
+    for alignment in (2, 1):
+        constants = {"ROWS": SHARE_ROWS, "ALIGNMENT": alignment}
+        signature = {name: kind for name, kind in WORDS.items() if name != "members"} | {"count": "i32"}
+        compiled = compile_sm90(span_share, signature, constants, num_warps=SHARE_ROWS // ROWS_PER_WARP)
+        compiled.check()
+        assert compiled.registers <= 128, "half a multiprocessor"
+        # Whole tiles, eight accesses of 16 bytes a thread, and tiles that are cut.
+        wide = 8 if alignment == 2 else 0
+        assert compiled.count("LDG.E.128") == compiled.count("STG.E.128") == wide

@@ -13,7 +13,7 @@ from pd.errors import ProtocolError, TransferError
 from pd.transfer.digest import CHUNK, digest_span
 from pd.transfer.direct_ledger import Ledger, cut, within
 from pd.transfer.direct_shm import Target, copy_chunks
-from pd.transfer.direct_tcp import StreamSource
+from pd.transfer.direct_tcp import HostSource, StreamSource
 
 SIZE = 1 << 16
 
@@ -257,17 +257,19 @@ def test_no_byte_is_written_without_the_grants_lock():
 
 
 def test_a_post_is_served_end_to_end_once_and_in_order():
-    memory = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)
+    here = region(nbytes=4096)
+    memory = np.frombuffer(here.buffer, np.uint8)
+    memory[:] = np.random.default_rng(0).integers(0, 256, 4096, dtype=np.uint8)
     table = spans([0, 512, 0, 0, 64], [0, 0, 0, 64, 128], [0, 3000, 0, 192, 8])
     source = StreamSource(table)
     expected = np.concatenate([memory[512:576], memory[0:128], memory[3000:3008]]).tobytes()
     got = b""
     for count in (10, 60, 100, 30):
-        got += b"".join(bytes(view) for view in source.views(len(got), count, [memory.data]))
+        got += b"".join(bytes(view) for view in source.views(len(got), count, HostSource([here])))
     assert got == expected
 
 
 @pytest.mark.parametrize(("start", "count"), [(1, 8), (0, 0), (0, 201), (2**63, 8)])
 def test_bytes_outside_a_post_or_out_of_order_are_not_served(start, count):
     with pytest.raises(ProtocolError):
-        StreamSource(spans([0, 0, 0, 0, 200])).views(start, count, [np.zeros(4096, np.uint8).data])
+        StreamSource(spans([0, 0, 0, 0, 200])).views(start, count, HostSource([region(nbytes=4096)]))

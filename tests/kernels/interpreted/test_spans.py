@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pd.kernels import reference, spans_triton
-from pd.kernels.spans_triton import run_pass
+from pd.kernels.spans import Share, share_table, word_alignment
+from pd.kernels.spans_triton import run_pass, run_share
 from pd.transfer.digest import RUN, digest_spans
 
 TILE = spans_triton.ROWS * RUN
@@ -75,3 +76,19 @@ def test_a_base_at_an_odd_word_is_read_and_written_word_by_word() -> None:
     assert digests.numpy().view(np.uint64).tolist() == host_digests(source, table)
     for at, to, count, _ in table.tolist():
         assert torch.equal(target[to : to + count], source[at : at + count])
+
+
+@pytest.mark.parametrize("programs", [1, 3, 7, 100])
+@pytest.mark.parametrize("rows", [MIXED, EVEN, MIXED[-1:] + EVEN + MIXED[-1:]], ids=["odd words", "even words", "gaps"])
+def test_however_many_programs_share_the_spans_all_are_copied_and_digested_once(rows, programs: int) -> None:
+    spans = np.array(rows, dtype=np.int64)
+    source, target = words(8 * TILE, 8), words(8 * TILE, 9)
+    expected = target.clone()
+    reference.copy_spans(source, expected, spans)
+    table = np.full((len(spans) + 1, 5), 7, dtype=np.int64)
+    tiles = share_table(table, spans, spans_triton.ROWS)
+    share = Share(spans_triton.ROWS, tiles, word_alignment(spans, source, target))
+    digests = torch.zeros(len(spans), dtype=torch.int64)
+    run_share(source, target, digests, torch.from_numpy(table), share, min(programs, tiles))
+    assert torch.equal(target, expected), "exactly the spans were written"
+    assert digests.numpy().view(np.uint64).tolist() == host_digests(source, spans)
