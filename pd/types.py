@@ -15,8 +15,8 @@ RequestKey = NewType("RequestKey", int)
 #: Most choices (`n`) of one prompt.
 MAX_CHOICES = 128
 
-#: Most steps of one trace: more would take the runner too long to write, and a viewer to open.
-MAX_PROFILE_STEPS = 1000
+#: Most steps of one trace: to write more would keep the runner from its work, and its peers waiting, for too long.
+MAX_PROFILE_STEPS = 500
 
 
 class Role(enum.Enum):

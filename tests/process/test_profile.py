@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from cluster_kit import PATIENCE, Deployment, ask, deploy, prompt
+from cluster_kit import PATIENCE, ROOT, Deployment, ask, deploy, prompt
+from up_kit import run
 
 from pd.types import MAX_PROFILE_STEPS
 
@@ -37,8 +39,18 @@ def post(url: str, path: str, body: dict[str, Any] | None = None) -> httpx.Respo
     return httpx.post(f"{url}{path}", json=body, timeout=PATIENCE)
 
 
+#: What SGLang's benchmark sends, besides the folder.
+SGLANG: dict[str, Any] = {
+    "activities": ["CPU", "GPU"],
+    "num_steps": None,
+    "profile_by_stage": False,
+    "profile_stages": None,
+    "profile_prefix": None,
+}
+
+
 def start(url: str, into: Path, **fields: Any) -> None:
-    answer = post(url, "/start_profile", {"output_dir": str(into), **fields})
+    answer = post(url, "/start_profile", {**SGLANG, "output_dir": str(into), **fields})
     assert answer.status_code == 200 and answer.json()["success"], answer.text
 
 
@@ -171,6 +183,29 @@ def test_one_at_a_time(pair: Deployment, tmp_path: Path) -> None:
     use(pair, 10)
     (trace,) = stop(pair.decode)
     assert steps(trace)
+
+
+def test_a_folder_that_goes_away_loses_the_trace_and_nothing_else(pair: Deployment, tmp_path: Path) -> None:
+    start(pair.decode, tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    use(pair, 12)
+    answer = post(pair.decode, "/stop_profile")
+    assert answer.status_code == 500 and "gone" in answer.json()["error"]["message"], answer.text
+    start(pair.decode, tmp_path)
+    use(pair, 13)
+    assert steps(*stop(pair.decode))
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+def test_pd_bench_serve_profiles_a_leg_by_its_url(pair: Deployment, tmp_path: Path, leg: str) -> None:
+    url = pair.prefill if leg == "prefill" else pair.decode
+    load = "--rate inf --num-requests 4 --input-len 40 --output-len 6 --no-progress --profile --pd-separated"
+    where = (f"--profile-{leg}-url", url, "--profile-output-dir", ".", "--profile-num-steps", "2")
+    command = [sys.executable, "-m", "pd.bench.serve", pair.url, *load.split(), *where]
+    code, _, said = run(command, tmp_path, {"PYTHONPATH": ROOT})
+    (trace,) = tmp_path.iterdir()
+    assert code == 0 and str(trace) in said, said
+    assert trace.name.startswith(f"{leg}-0") and len(steps(trace)) == 2
 
 
 def test_a_profile_that_nobody_stops_does_not_hold_up_the_end(tmp_path: Path) -> None:

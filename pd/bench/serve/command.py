@@ -19,7 +19,7 @@ from pd.bench.serve.load import Load, RunResult, warm_up
 from pd.bench.serve.metrics import latencies, summarise
 from pd.bench.serve.options import Options
 from pd.bench.serve.plan import Run, plan_runs
-from pd.bench.serve.record import Recording
+from pd.bench.serve.profiler import Recording
 from pd.bench.serve.report import document, print_report, write_json, write_record
 from pd.bench.serve.requests import Target, discover
 from pd.errors import ConfigError
