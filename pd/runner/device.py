@@ -128,7 +128,8 @@ class Gpu:
         self._config, self._device = config, torch.device("cuda", index)
         torch.cuda.set_device(self._device)
         self._free_before = torch.cuda.mem_get_info(self._device)[0]
-        self.memory = CudaMemory(index)
+        self._worker: DeviceWorker | None = None
+        self.memory = CudaMemory(index, alone=lambda: self._worker is None or not self._worker.busy)
 
     def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
         model = self._config.model
@@ -183,6 +184,7 @@ class Gpu:
                 graphs = DecodeGraphs(self._model, pool, state, largest, _Progress(log, "capturing graphs"))
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
+        self._worker = worker
         return worker
 
 

@@ -100,6 +100,11 @@ class DeviceWorker:
         """After the first steps. `launched` is told of each step the event that it ends with, None if it has ended."""
         self._graphs, self._tell = graphs, launched
 
+    @property
+    def busy(self) -> bool:
+        """A step is under way. From any thread."""
+        return bool(self._pending)
+
     # --- orders ---
 
     @torch.inference_mode()

@@ -84,7 +84,7 @@ class DecodeGraphs:
                 if samples:
                     self._run(size, samples)  # compiles what is not compiled yet
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=memory, stream=stream):
+                with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                     tokens, logits = self._run(size, samples)
                 memory = memory or graph.pool()
                 self._graphs[size, samples] = _Captured(graph, tokens, logits)
