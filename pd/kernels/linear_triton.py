@@ -71,42 +71,24 @@ def _load_x(x, column, rows, k, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _silu_mul(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
 def _halves(sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """[BLOCK_N, WIDTH] -> the even and the odd columns. A thread has both of a pair, so nothing moves."""
     return tl.split(tl.reshape(sums, [BLOCK_N, WIDTH // 2, 2]))
 
 
 @triton.jit
-def _store(
-    out, bias, sums, more, row, lane, lane_step, rows, n, out_stride, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """sums [BLOCK_N, WIDTH] float32 -> out [rows, n]: rows lane, lane + lane_step, … from column `row` on.
-
-    `more` (the sums of up) makes them gates.
-    """
+def _store(out, bias, sums, row, lane, lane_step, rows, n, out_stride, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums [BLOCK_N, WIDTH] float32 -> out [rows, n]: rows lane, lane + lane_step, … from column `row` on."""
     if WIDTH * BLOCK_N > AT_ONCE:
         even, odd = _halves(sums, WIDTH, BLOCK_N)
-        more_even = None
-        more_odd = None
-        if more is not None:
-            more_even, more_odd = _halves(more, WIDTH, BLOCK_N)
         step = 2 * lane_step
-        _store(out, bias, even, more_even, row, lane, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
-        _store(out, bias, odd, more_odd, row, lane + lane_step, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
+        _store(out, bias, even, row, lane, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
+        _store(out, bias, odd, row, lane + lane_step, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
     else:
         columns = row + tl.arange(0, BLOCK_N)
         lanes = lane + lane_step * tl.arange(0, WIDTH)
         if bias is not None:
             sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
-        if more is not None:
-            if bias is not None:
-                more += tl.load(bias + n + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
-            sums = _silu_mul(sums, more)
         pointers = out + lanes[:, None] * out_stride + columns[None, :]
         mask = (lanes < rows)[:, None] & (columns < n)[None, :]
         tl.store(pointers, tl.trans(sums).to(out.dtype.element_ty), mask=mask)
@@ -129,45 +111,26 @@ def _keep(part, sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _keep_both(partial, slot, sums, more, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    if more is not None:
-        _keep(partial + 2 * slot * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
-        _keep(partial + (2 * slot + 1) * (BLOCK_N * ROWS), more, ROWS, BLOCK_N)
-    else:
-        _keep(partial + slot * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
-
-
-@triton.jit
 def _add_up(
     out, bias, partial, first, last, row, lane, lane_step, rows, n, out_stride,
-    SLOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+    SLOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of what programs first to last kept, each in slots of SLOT numbers."""
     if WIDTH * BLOCK_N > AT_ONCE:
         odd = partial + BLOCK_N * (WIDTH // 2)
+        step = 2 * lane_step
+        _add_up(out, bias, partial, first, last, row, lane, step, rows, n, out_stride, SLOT, WIDTH // 2, BLOCK_N)
         _add_up(
-            out, bias, partial, first, last, row, lane, 2 * lane_step, rows, n, out_stride,
-            SLOT, WIDTH // 2, BLOCK_N, GATED,
-        )  # fmt: skip
-        _add_up(
-            out, bias, odd, first, last, row, lane + lane_step, 2 * lane_step, rows, n, out_stride,
-            SLOT, WIDTH // 2, BLOCK_N, GATED,
-        )  # fmt: skip
+            out, bias, odd, first, last, row, lane + lane_step, step, rows, n, out_stride, SLOT, WIDTH // 2, BLOCK_N
+        )
     else:
         places = _places(WIDTH, BLOCK_N)
         sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
-        more = None
-        if GATED:
-            more = tl.zeros([BLOCK_N, WIDTH], tl.float32)
         for program in range(first, last + 1):
             # A program keeps the block that it ends in its first slot, the one that it leaves unfinished in its second.
             slot = 2 * program + (program != last).to(tl.int32)
-            if GATED:
-                sums += tl.load(partial + 2 * slot * SLOT + places, cache_modifier=".cg")
-                more += tl.load(partial + (2 * slot + 1) * SLOT + places, cache_modifier=".cg")
-            else:
-                sums += tl.load(partial + slot * SLOT + places, cache_modifier=".cg")
-        _store(out, bias, sums, more, row, lane, lane_step, rows, n, out_stride, WIDTH, BLOCK_N)
+            sums += tl.load(partial + slot * SLOT + places, cache_modifier=".cg")
+        _store(out, bias, sums, row, lane, lane_step, rows, n, out_stride, WIDTH, BLOCK_N)
 
 
 @triton.jit
@@ -184,7 +147,7 @@ def _owner(step, total, programs):
 @triton.jit
 def _arrive(
     block, out, bias, partial, arrivals, rows, n, out_stride, steps, total, programs,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Say that this program's part of a divided block of rows is there; the last to say so adds all parts and stores.
 
@@ -195,24 +158,22 @@ def _arrive(
     before = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
     if before == last - first:
         tl.store(arrivals + first, 0)  # for the next launch
-        _add_up(
-            out, bias, partial, first, last, block * BLOCK_N, 0, 1, rows, n, out_stride,
-            BLOCK_N * ROWS, ROWS, BLOCK_N, GATED,
-        )  # fmt: skip
+        row = block * BLOCK_N
+        _add_up(out, bias, partial, first, last, row, 0, 1, rows, n, out_stride, BLOCK_N * ROWS, ROWS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows", "prefetch"])
 def stream(
     x, weight, x_tiles, weight_tiles, bias, out, partial, arrivals, rows, n, k, x_stride, out_stride, prefetch,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    DIVIDED: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, DIVIDED: tl.constexpr,
+    PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, k] @ weight[n, k]^T + bias -> out [rows, n]; with GATED the weight is [2 n, k], gate then up.
+    """x [rows, k] @ weight[n, k]^T + bias -> out [rows, n].
 
     All blocks of BLOCK_N rows of the weight by all steps of BLOCK_K along k are one sequence, cut into as many equal
     runs as there are programs ("stream-K", https://arxiv.org/abs/2301.03598). The weight is the wide operand of the
     matrix unit, x^T (rows padded to ROWS) the narrow one. A block that lies in one run is stored at once; of a DIVIDED
-    one every program keeps its part in `partial` float32[2 programs (4 if GATED), BLOCK_N, ROWS] and counts itself in
+    one every program keeps its part in `partial` float32[2 programs, BLOCK_N, ROWS] and counts itself in
     `arrivals` int32[programs], which are zeros before and after. Tiles come through the descriptors if there are some.
     """
     program = tl.program_id(0)
@@ -227,13 +188,8 @@ def stream(
         for step in range(begin, tl.minimum(begin + prefetch, end)):
             row = step // steps * BLOCK_N
             _prefetch_tile(weight, row, step % steps * BLOCK_K, n, k, BLOCK_N, BLOCK_K)
-            if GATED:
-                _prefetch_tile(weight + n.to(tl.int64) * k, row, step % steps * BLOCK_K, n, k, BLOCK_N, BLOCK_K)
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    more = None
-    if GATED:
-        more = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for step in tl.range(begin, end):
         row = step // steps * BLOCK_N
         column = step % steps * BLOCK_K
@@ -244,48 +200,36 @@ def stream(
             w = _load_tile(weight, row, column, n, k, BLOCK_N, BLOCK_K, EVEN)
             xs = _load_x(x, column, rows, k, x_stride, ROWS, BLOCK_K, EVEN)
         sums = tl.dot(w, xs.T, sums)
-        if GATED:
-            if weight_tiles is not None:
-                w2 = weight_tiles.load([n + row, column])
-            else:
-                w2 = _load_tile(weight + n.to(tl.int64) * k, row, column, n, k, BLOCK_N, BLOCK_K, EVEN)
-            more = tl.dot(w2, xs.T, more)
         if step % steps == steps - 1:
             if DIVIDED:
                 if step - steps + 1 >= begin:
-                    _store(out, bias, sums, more, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
+                    _store(out, bias, sums, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
                 else:
-                    _keep_both(partial, 2 * program, sums, more, ROWS, BLOCK_N)
+                    _keep(partial + 2 * program * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
             else:
-                _store(out, bias, sums, more, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
+                _store(out, bias, sums, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
             sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
-            if GATED:
-                more = tl.zeros([BLOCK_N, ROWS], tl.float32)
     if PDL:
         if not EARLY:
             tl.extra.cuda.gdc_launch_dependents()
     if DIVIDED:
         unfinished = end % steps != 0
         if unfinished:
-            _keep_both(partial, 2 * program + 1, sums, more, ROWS, BLOCK_N)
+            _keep(partial + (2 * program + 1) * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
         tl.debug_barrier()  # every thread's parts are written before one thread counts them
         if (begin % steps != 0) & (begin // steps != end // steps):
-            _arrive(
-                begin // steps, out, bias, partial, arrivals, rows, n, out_stride, steps, total, programs,
-                ROWS, BLOCK_N, GATED,
-            )  # fmt: skip
+            block = begin // steps
+            _arrive(block, out, bias, partial, arrivals, rows, n, out_stride, steps, total, programs, ROWS, BLOCK_N)
         if unfinished:
-            _arrive(
-                end // steps, out, bias, partial, arrivals, rows, n, out_stride, steps, total, programs,
-                ROWS, BLOCK_N, GATED,
-            )  # fmt: skip
+            block = end // steps
+            _arrive(block, out, bias, partial, arrivals, rows, n, out_stride, steps, total, programs, ROWS, BLOCK_N)
 
 
 @triton.jit
 def row(
     x, weight, bias, out, n,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr, EARLY: tl.constexpr,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """`stream` for a single row of x: each program has BLOCK_N rows of the weight, in registers, one step ahead."""
     if PDL:
@@ -293,30 +237,17 @@ def row(
             tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(0) * BLOCK_N
     columns = tl.arange(0, BLOCK_K)
-    up = weight + n.to(tl.int64) * K
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     w = _load_tile(weight, first, 0, n, K, BLOCK_N, BLOCK_K, EVEN)
-    more = None
-    w2 = w
-    if GATED:
-        more = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        w2 = _load_tile(up, first, 0, n, K, BLOCK_N, BLOCK_K, EVEN)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for column in tl.static_range(0, K, BLOCK_K):
         next_w = w
-        next_w2 = w2
         if column + BLOCK_K < K:
             next_w = _load_tile(weight, first, column + BLOCK_K, n, K, BLOCK_N, BLOCK_K, EVEN)
-            if GATED:
-                next_w2 = _load_tile(up, first, column + BLOCK_K, n, K, BLOCK_N, BLOCK_K, EVEN)
         xs = tl.load(x + column + columns, mask=column + columns < K, other=0.0, eviction_policy="evict_last")
-        xs = xs.to(tl.float32)[None, :]
-        sums += w.to(tl.float32) * xs
+        sums += w.to(tl.float32) * xs.to(tl.float32)[None, :]
         w = next_w
-        if GATED:
-            more += w2.to(tl.float32) * xs
-            w2 = next_w2
     if PDL:
         if not EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -325,61 +256,52 @@ def row(
     result = tl.sum(sums, 1)
     if bias is not None:
         result += tl.load(bias + lines, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        ups = tl.sum(more, 1)
-        if bias is not None:
-            ups += tl.load(bias + n + lines, mask=inside, other=0.0).to(tl.float32)
-        result = _silu_mul(result, ups)
     tl.store(out + lines, result.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: Config, gated: bool = False
-) -> torch.Tensor:
-    """x [T, K], weight [N, K], bias [N] or None -> [T, N]; gated: silu of the first half times the second, [T, N / 2].
+def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: Config) -> torch.Tensor:
+    """x [T, K], weight [N, K], bias [N] or None -> [T, N].
 
     x may have any row stride. The weight is contiguous, K a multiple of 16.
     """
-    n = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         if isinstance(config, Row):
-            _launch_row(x, weight, bias, out, config, gated)
+            _launch_row(x, weight, bias, out, config)
         else:
-            _launch_stream(x, weight, bias, out, config, gated)
+            _launch_stream(x, weight, bias, out, config)
     return out
 
 
 def _launch_row(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Row, gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Row
 ) -> None:
-    n, k = out.shape[1], x.shape[1]
+    n, k = weight.shape
     row[(triton.cdiv(n, config.block_n),)](
         x, weight, bias, out, n,
-        K=k, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GATED=gated,
+        K=k, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         EVEN=n % config.block_n == 0 and k % config.block_k == 0, PDL=config.pdl, EARLY=config.early,
         num_warps=config.warps, **options(config.pdl),
     )  # fmt: skip
 
 
 def _launch_stream(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Stream, gated: bool
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, config: Stream
 ) -> None:
-    (rows, k), n = x.shape, out.shape[1]
+    rows, (n, k) = x.shape[0], weight.shape
     padded = max(16, triton.next_power_of_2(rows))
     programs, divided = shares(config, n, k, _processors(x.device))
     partial = arrivals = x_tiles = weight_tiles = None
     if divided:
-        parts = programs * (4 if gated else 2)
-        partial = torch.empty(parts, config.block_n, padded, dtype=torch.float32, device=x.device)
+        partial = torch.empty(2 * programs, config.block_n, padded, dtype=torch.float32, device=x.device)
         arrivals = _arrivals_here(x.device)
     if config.tma:
         x_tiles = TensorDescriptor(x, [rows, k], list(x.stride()), [padded, config.block_k])
-        weight_tiles = TensorDescriptor(weight, list(weight.shape), [k, 1], [config.block_n, config.block_k])
+        weight_tiles = TensorDescriptor(weight, [n, k], [k, 1], [config.block_n, config.block_k])
     stream[(programs,)](
         x, weight, x_tiles, weight_tiles, bias, out, partial, arrivals, rows, n, k, x.stride(0), out.stride(0),
         config.prefetch,
-        ROWS=padded, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GATED=gated,
+        ROWS=padded, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         EVEN=n % config.block_n == 0 and k % config.block_k == 0, DIVIDED=divided,
         PDL=config.pdl, EARLY=config.early,
         num_warps=config.warps, num_stages=config.stages, **options(config.pdl),

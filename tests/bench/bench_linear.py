@@ -1,12 +1,14 @@
 """How fast the projections of Llama-3.1-8B read their weights at few rows, by launch configuration, beside cuBLAS.
 
-    python tests/bench/bench_linear.py [--seconds 180] [--rows 1,8,32,64,128,256] [--out linear.json]
+    python tests/bench/bench_linear.py [--seconds 180] [--rows 1,8,32,64,128,256] [--out linear.json] [--quick]
 
 First every shape alone: a CUDA graph over copies of the weight that together exceed the L2, for many configurations of
 `linear_triton`, each checked against float32 and for being the same twice. Then the chain: 32 layers of qkv, o, gate-up
-and down, each reading what the one before wrote, with the best configurations, alone and with programmatic dependent
-launch. Processes compile ahead while the GPU measures. The table counts the bytes of the weights; the floor is those by
-FLOOR_TBPS. `--out` gets every measurement, also when time runs out: configurations are tried in a shuffled order.
+and down, each reading what the one before wrote: with cuBLAS, with what pd launches ("table"), with the best
+configurations, these with programmatic dependent launch, and cuBLAS for some of them ("mixed"). Processes compile ahead
+while the GPU measures. The table counts the bytes of the weights; the floor is those by FLOOR_TBPS. `--out` gets every
+measurement, also when time runs out: configurations are tried in a shuffled order. `--quick` tries few of them, also
+for the shapes of other models.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,120 +36,24 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pd.kernels import linear_triton  # noqa: E402
-from pd.kernels.linear_configs import Config, Row, Stream  # noqa: E402
+from pd.kernels.linear_configs import Config, Row, Stream, config_for  # noqa: E402
+from tests.bench.linear_jobs import (  # noqa: E402
+    LAYER,
+    PROCESSORS,
+    SHAPES,
+    Job,
+    all_jobs,
+    quick_jobs,
+    shared_bytes,
+    table_jobs,
+)
 
-#: N, K of the weight, whether SiLU of the first half times the second is made on the way.
-SHAPES = {
-    "qkv": (6144, 4096, False),
-    "o": (4096, 4096, False),
-    "gate_up": (28672, 4096, False),
-    "gated": (28672, 4096, True),
-    "down": (4096, 14336, False),
-    "lm_head": (128256, 4096, False),
-}
 LAYERS = 32
-CHAIN_ROWS = (1, 8, 64, 32, 128)
+CHAIN_ROWS = (1, 8, 64, 32, 128, 16, 256)
 FLOOR_TBPS = 4.19
-PROCESSORS = 132
-
 #: Bytes of weights that one replay of a graph reads, about.
 REPLAY_BYTES = 1.2e9
-#: Shared memory that a multiprocessor has for its programs, each of which takes 1 KiB more than it asks for.
-SHARED = 227 << 10
-#: Partial sums that a configuration may need.
-MOST_PARTIAL_BYTES = 48 << 20
 FEW = 4
-
-
-@dataclass(frozen=True)
-class Job:
-    """One configuration for one shape at some rows."""
-
-    shape: str
-    rows: int
-    config: Config
-
-    @property
-    def n_out(self) -> int:
-        n, _, gated = SHAPES[self.shape]
-        return n // 2 if gated else n
-
-    def variant(self) -> tuple[Any, ...]:
-        """Equal for jobs that run the same machine code."""
-        _, k, gated = SHAPES[self.shape]
-        if isinstance(self.config, Row):
-            return (self.config, k, gated)
-        bare = replace(self.config, per_sm=1, split=1, prefetch=0)
-        _, divided = linear_triton.shares(self.config, self.n_out, k, PROCESSORS)
-        even = self.n_out % bare.block_n == 0 and k % bare.block_k == 0
-        return (bare, padded(self.rows), divided, even, gated)
-
-
-def padded(rows: int) -> int:
-    return max(16, 1 << (rows - 1).bit_length())
-
-
-def shared_bytes(config: Stream, rows: int, gated: bool) -> int:
-    """Tiles in flight, and the sums as they are turned round to be stored."""
-    tiles = config.block_n * (2 if gated else 1) + padded(rows)
-    return config.stages * tiles * config.block_k * 2 + min(config.block_n * padded(rows), 8192) * 4 + 1024
-
-
-# Configurations to try
-
-
-def row_configs(k: int) -> Iterator[Row]:
-    for block_n, block_k, warps in product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)):
-        per_thread = block_n * block_k // (32 * warps)
-        if k % block_k == 0 and 16 <= per_thread <= 128:
-            yield Row(block_n, block_k, warps)
-
-
-def stream_tiles(rows: int, gated: bool) -> Iterator[tuple[Stream, int]]:
-    """Tiles with as many stages as leave room for 1 to 4 programs on a multiprocessor, and that number.
-
-    Together those have 48 to 200 KiB of the weight in flight.
-    """
-    sides = 2 if gated else 1
-    for block_n, block_k, warps, tma in product((64, 128, 256), (64, 128, 256, 512), (4, 8), (False, True)):
-        sums = sides * block_n * padded(rows) // (32 * warps)
-        tile = sides * block_n * block_k * 2
-        if sums > 128 or not 16 << 10 <= tile <= 64 << 10 or block_n < 16 * warps or (block_k == 512 and rows > 32):
-            continue
-        for together in (1, 2, 3, 4):
-            depths = [Stream(block_n, block_k, stages, warps, tma=tma) for stages in range(2, 9)]
-            fitting = [one for one in depths if together * (shared_bytes(one, rows, gated) + 1024) <= SHARED]
-            if fitting and 48 << 10 <= together * (fitting[-1].stages - 1) * tile:
-                yield fitting[-1], together
-
-
-def stream_configs(shape: str, rows: int) -> Iterator[Stream]:
-    n, k, gated = SHAPES[shape]
-    n_out = n // 2 if gated else n
-    found = []
-    for tile, together in stream_tiles(rows, gated):
-        blocks, steps = n_out // tile.block_n, k // tile.block_k
-        found += [replace(tile, per_sm=count) for count in ((1, 2) if together == 2 else (together,))]
-        found += [
-            replace(tile, per_sm=0, split=split)
-            for split in (1, 2, 4, 8)
-            if together > 1 and steps % split == 0 and steps // split >= 4
-            if 0.9 * PROCESSORS <= blocks * split <= 16 * PROCESSORS
-        ]
-    for config in dict.fromkeys(found):
-        programs, divided = linear_triton.shares(config, n_out, k, PROCESSORS)
-        partial = programs * 2 * (2 if gated else 1) * config.block_n * padded(rows) * 4
-        if not divided or (partial <= MOST_PARTIAL_BYTES and programs <= linear_triton.MOST_PROGRAMS):
-            yield config
-
-
-def all_jobs(rows_list: list[int]) -> list[Job]:
-    jobs = []
-    for shape, rows in product(SHAPES, rows_list):
-        jobs += [Job(shape, rows, config) for config in stream_configs(shape, rows)]
-        if rows == 1:
-            jobs += [Job(shape, rows, config) for config in row_configs(SHAPES[shape][1])]
-    return jobs
 
 
 # Compiling, in processes without a GPU
@@ -184,11 +90,11 @@ def _start_compiler() -> None:
 
 def _compile(job: Job) -> str | None:
     """The machine code is left in Triton's cache; what went wrong, if something did."""
-    n, k, gated = SHAPES[job.shape]
+    n, k = SHAPES[job.shape]
     x = torch.empty(job.rows, k, dtype=torch.bfloat16)
     weight = torch.empty(k, dtype=torch.bfloat16).expand(n, k)
     try:
-        linear_triton.launch(x, weight, None, job.config, gated)
+        linear_triton.launch(x, weight, None, job.config)
     except Exception as error:  # a configuration that does not compile is a result
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None
@@ -240,16 +146,7 @@ class Bench:
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
         torch.manual_seed(1)
-        self.weights: dict[str, torch.Tensor] = {}
-        for shape, (n, k, _) in SHAPES.items():
-            if shape == "gated":
-                self.weights[shape] = self.weights["gate_up"]
-                continue
-            count = 1 if shape == "lm_head" else LAYERS
-            weights = torch.empty(count, n, k, dtype=torch.bfloat16, device="cuda")
-            for one in weights:
-                one.normal_(std=k**-0.5)
-            self.weights[shape] = weights
+        self._weights: dict[str, torch.Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._keeper = torch.cuda.CUDAGraph()  # as long as a graph has it, the next ones reuse the pool's memory
         self._keeper.capture_begin(self._pool)
@@ -263,14 +160,22 @@ class Bench:
             self._inputs[rows, k] = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
         return self._inputs[rows, k]
 
+    def weights(self, shape: str) -> torch.Tensor:
+        """Copies of a weight, more than the L2 holds."""
+        if shape not in self._weights:
+            n, k = SHAPES[shape]
+            count = LAYERS if shape in LAYER else max(1, round(REPLAY_BYTES / (n * k * 2)))
+            weights = torch.empty(count, n, k, dtype=torch.bfloat16, device="cuda")
+            for one in weights:
+                one.normal_(std=k**-0.5)
+            self._weights[shape] = weights
+        return self._weights[shape]
+
     def expected(self, shape: str, rows: int) -> torch.Tensor:
         """Of the first copy of the weight, in float32."""
         if (shape, rows) not in self._expected:
-            _, k, gated = SHAPES[shape]
-            result = torch.nn.functional.linear(self.x(rows, k).float(), self.weights[shape][0].float())
-            if gated:
-                gate, up = result.chunk(2, -1)
-                result = torch.nn.functional.silu(gate) * up
+            _, k = SHAPES[shape]
+            result = torch.nn.functional.linear(self.x(rows, k).float(), self.weights(shape)[0].float())
             self._expected[shape, rows] = result
         return self._expected[shape, rows]
 
@@ -295,8 +200,8 @@ class Bench:
 
     def alone(self, shape: str, rows: int, call: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
         """Seconds of one call."""
-        n, k, _ = SHAPES[shape]
-        weights = self.weights[shape]
+        n, k = SHAPES[shape]
+        weights = self.weights(shape)
         count = min(len(weights), max(1, round(REPLAY_BYTES / (n * k * 2))))
         x = self.x(rows, k)
         call(x, weights[0])
@@ -304,13 +209,13 @@ class Bench:
 
     def check(self, job: Job) -> dict[str, Any]:
         """Relative error of the result, and whether it is the same twice."""
-        _, k, gated = SHAPES[job.shape]
+        _, k = SHAPES[job.shape]
         expected = self.expected(job.shape, job.rows)
-        x, weight = self.x(job.rows, k), self.weights[job.shape][0]
+        x, weight = self.x(job.rows, k), self.weights(job.shape)[0]
         del_me = torch.full_like(expected, float("nan"), dtype=torch.bfloat16)
         del del_me  # what is not written shows
-        first = linear_triton.launch(x, weight, None, job.config, gated)
-        second = linear_triton.launch(x, weight, None, job.config, gated)
+        first = linear_triton.launch(x, weight, None, job.config)
+        second = linear_triton.launch(x, weight, None, job.config)
         error = (first.float() - expected).norm() / expected.norm()
         return {"error": float(error), "same": torch.equal(first, second)}
 
@@ -320,14 +225,13 @@ class Bench:
             record |= self.check(job)
             if not record["same"] or not record["error"] < 4e-3:
                 return record | {"failed": "wrong"}
-            gated = SHAPES[job.shape][2]
-            taken = self.alone(job.shape, job.rows, lambda x, w: linear_triton.launch(x, w, None, job.config, gated))
+            taken = self.alone(job.shape, job.rows, lambda x, w: linear_triton.launch(x, w, None, job.config))
             return record | {"us": taken * 1e6, "tbps": tbps(job.shape, taken)}
         except Exception as error:  # too much shared memory, say: a result
             return record | {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
 
     def library(self, shape: str, rows: int) -> dict[str, Any]:
-        """What torch's own takes; without the activation, which only adds to it."""
+        """What torch's own takes."""
         taken = self.alone(shape, rows, torch.nn.functional.linear)
         return {"shape": shape, "rows": rows, "kind": "cublas", "us": taken * 1e6, "tbps": tbps(shape, taken)}
 
@@ -339,18 +243,18 @@ class Bench:
             for layer in range(LAYERS):
                 for shape, config in configs.items():
                     k = SHAPES[shape][1]
-                    x, weight = hidden[:, :k], self.weights[shape][layer]
+                    x, weight = hidden[:, :k], self.weights(shape)[layer]
                     if config is None:
                         hidden = torch.nn.functional.linear(x, weight)
                     else:
-                        hidden = linear_triton.launch(x, weight, None, config, SHAPES[shape][2])
+                        hidden = linear_triton.launch(x, weight, None, config)
 
         run()
         return self.seconds(run, replays=2)
 
 
 def tbps(shape: str, seconds: float) -> float:
-    n, k, _ = SHAPES[shape]
+    n, k = SHAPES[shape]
     return n * k * 2 / seconds / 1e12
 
 
@@ -378,9 +282,8 @@ def in_short(config: Config | None) -> str:
 # The two parts
 
 
-def sweep(bench: Bench, compilers: Compilers, rows_list: list[int], left: Callable[[], float]) -> list[dict[str, Any]]:
-    records = [bench.library(shape, rows) for shape, rows in product(SHAPES, rows_list)]
-    jobs = all_jobs(rows_list)
+def sweep(bench: Bench, compilers: Compilers, jobs: list[Job], left: Callable[[], float]) -> list[dict[str, Any]]:
+    records = [bench.library(shape, rows) for shape, rows in dict.fromkeys((job.shape, job.rows) for job in jobs)]
     for group, problem in compilers.by_variant(jobs, left):
         for job in group:
             records.append(describe(job) | {"failed": problem} if problem else bench.measure(job))
@@ -394,10 +297,10 @@ def best(records: list[dict[str, Any]], shape: str, rows: int) -> list[dict[str,
     return sorted(found, key=lambda record: record["us"])
 
 
-def print_sweep(records: list[dict[str, Any]], rows_list: list[int]) -> None:
-    for shape, rows in product(SHAPES, rows_list):
-        n, k, _ = SHAPES[shape]
-        library = next(r for r in records if (r["shape"], r["rows"], r["kind"]) == (shape, rows, "cublas"))
+def print_sweep(records: list[dict[str, Any]]) -> None:
+    for library in [record for record in records if record["kind"] == "cublas"]:
+        shape, rows = library["shape"], library["rows"]
+        n, k = SHAPES[shape]
         floor = n * k * 2 / FLOOR_TBPS / 1e6
         print(f"{shape} {rows}: cublas {library['us']:.1f} us {library['tbps']:.2f} TB/s; floor {floor:.1f} us")
         for record in best(records, shape, rows)[:FEW]:
@@ -411,11 +314,10 @@ def print_sweep(records: list[dict[str, Any]], rows_list: list[int]) -> None:
 def candidates(records: list[dict[str, Any]], shape: str, rows: int) -> list[Config]:
     """The fastest, and the fastest of which a multiprocessor has room for one of this kernel and one of the next."""
     ranked = [config_of(record) for record in best(records, shape, rows)]
-    gated = SHAPES[shape][2]
     small = [
         config
         for config in ranked
-        if isinstance(config, Row) or max(config.per_sm, 1) * shared_bytes(config, rows, gated) <= 112 << 10
+        if isinstance(config, Row) or max(config.per_sm, 1) * shared_bytes(config, rows) <= 112 << 10
     ]
     return list(dict.fromkeys(ranked[:4] + small[:3] + [one for one in ranked if isinstance(one, Row)][:2]))
 
@@ -426,18 +328,13 @@ def with_pdl(config: Config, early: bool, prefetch: int) -> Config:
     return replace(config, pdl=True, early=early, prefetch=prefetch)
 
 
-def chain_shapes(up: str) -> tuple[str, ...]:
-    return ("qkv", "o", up, "down")
-
-
 def compile_chains(
-    compilers: Compilers, records: list[dict[str, Any]], plan: list[tuple[int, str]], left: Callable[[], float]
+    compilers: Compilers, records: list[dict[str, Any]], rows_list: list[int], left: Callable[[], float]
 ) -> set[tuple[Any, ...]]:
-    """The variants with programmatic dependent launch that the chains of `plan` may use and that compiled in time."""
-    jobs = [
+    """The variants that the chains may use and that compiled in time: with programmatic dependent launch, and pd's."""
+    jobs = table_jobs(rows_list) + [
         Job(shape, rows, with_pdl(config, early, 0))
-        for rows, up in plan
-        for shape in chain_shapes(up)
+        for rows, shape in product(rows_list, LAYER)
         for config in candidates(records, shape, rows)
         for early in (False, True)
     ]
@@ -445,14 +342,10 @@ def compile_chains(
 
 
 def tune_chain(
-    bench: Bench, records: list[dict[str, Any]], ready: set[tuple[Any, ...]], rows: int, up: str,
-    left: Callable[[], float],
-) -> list[dict[str, Any]]:  # fmt: skip
+    bench: Bench, records: list[dict[str, Any]], ready: set[tuple[Any, ...]], rows: int, left: Callable[[], float]
+) -> list[dict[str, Any]]:
     """Coordinate descent: one shape's configuration and launch at a time, in the chain. Every step is a record."""
-    shapes = chain_shapes(up)
-    options = {shape: candidates(records, shape, rows) for shape in shapes}
-    if not all(options.values()):
-        return []
+    options = {shape: candidates(records, shape, rows) for shape in LAYER}
     found: list[dict[str, Any]] = []
     known: dict[tuple[Config | None, ...], float] = {}
 
@@ -468,14 +361,17 @@ def tune_chain(
             found.append({"chain": name, "rows": rows, "ms": known[key] * 1e3, "configs": shown})
         return known[key]
 
-    tried("cublas", dict.fromkeys(shapes))
-    plain: dict[str, Config | None] = {shape: options[shape][0] for shape in shapes}
+    tried("cublas", dict.fromkeys(LAYER))
+    tried("table", {shape: config_for(rows, *SHAPES[shape]) for shape in LAYER})
+    if not all(options.values()):
+        return found
+    plain: dict[str, Config | None] = {shape: options[shape][0] for shape in LAYER}
     tried("best alone", plain)
-    current = {shape: with_pdl(options[shape][0], False, 1) for shape in shapes}
+    current = {shape: with_pdl(options[shape][0], False, 1) for shape in LAYER}
     if any(Job(shape, rows, config).variant() not in ready for shape, config in current.items()):
         return found
     for _ in range(2):
-        for shape in shapes:
+        for shape in LAYER:
             best_time, best_config = tried("pdl", dict(current)), current[shape]
             here = current[shape]
             ways = [(here.early, prefetch) for prefetch in (0, 1, 2, 4)] + [(not here.early, p) for p in (0, 1, 2, 4)]
@@ -490,19 +386,21 @@ def tune_chain(
                 if taken < best_time:
                     best_time, best_config = taken, trial
             current[shape] = best_config
+    for cut in product((False, True), repeat=len(LAYER)):
+        if left() > 0:
+            tried("mixed", {shape: None if off else current[shape] for shape, off in zip(LAYER, cut, strict=True)})
     tried("pdl off", {shape: replace(config, pdl=False, early=False) for shape, config in current.items()})
     return found
 
 
 def print_chain(found: list[dict[str, Any]]) -> None:
-    """cuBLAS, the best of each alone, the best chain, and that without programmatic dependent launch."""
-    floor = sum(n * k * 2 for n, k, _ in (SHAPES[shape] for shape in ("qkv", "o", "gate_up", "down"))) * LAYERS
-    tuned = [record for record in found if record["chain"] == "pdl"]
-    rest = [record for record in found if record["chain"] != "pdl"]
-    for record in rest + sorted(tuned, key=lambda one: one["ms"])[:2]:
-        rate = floor / record["ms"] / 1e9
-        print(f"chain {record['rows']:3d} {record['chain']:10s} {record['ms']:.3f} ms {rate:.2f} TB/s", end="")
-        print(f"  {record['configs']}" if record["chain"] == "pdl" else "")
+    """cuBLAS, pd's, the best of each alone, the best chains, and the best without programmatic dependent launch."""
+    floor = sum(n * k * 2 for n, k in LAYER.values()) * LAYERS
+    for name, most in (("cublas", 1), ("table", 1), ("best alone", 1), ("pdl", 2), ("pdl off", 1), ("mixed", 2)):
+        for record in sorted((one for one in found if one["chain"] == name), key=lambda one: one["ms"])[:most]:
+            rate = floor / record["ms"] / 1e9
+            print(f"chain {record['rows']:3d} {name:10s} {record['ms']:.3f} ms {rate:.2f} TB/s", end="")
+            print(f"  {record['configs']}" if name in ("pdl", "mixed") else "")
 
 
 def main() -> None:
@@ -511,6 +409,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,32,64,128,256")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="few configurations, also for the shapes of other models")
     options = parser.parse_args()
     begin = time.monotonic()
     compilers = Compilers(options.workers)
@@ -524,13 +423,14 @@ def main() -> None:
         return begin + share * options.seconds - time.monotonic()
 
     try:
-        records += sweep(bench, compilers, rows_list, lambda: left(0.6))
-        print_sweep(records, rows_list)
-        plan = [(rows, up) for up in ("gate_up", "gated") for rows in CHAIN_ROWS if rows in rows_list]
+        jobs = (quick_jobs if options.quick else all_jobs)(rows_list)
+        records += sweep(bench, compilers, jobs, lambda: left(0.6))
+        print_sweep(records)
+        plan = [rows for rows in CHAIN_ROWS if rows in rows_list]
         ready = compile_chains(compilers, records, plan, lambda: left(0.75))
-        for index, (rows, up) in enumerate(plan):
+        for index, rows in enumerate(plan):
             share = 0.75 + 0.24 * (index + 1) / len(plan)
-            found = tune_chain(bench, records, ready, rows, up, lambda share=share: left(share))  # type: ignore[misc]
+            found = tune_chain(bench, records, ready, rows, lambda share=share: left(share))  # type: ignore[misc]
             print_chain(found)
             chains += found
     finally:

@@ -1,4 +1,4 @@
-"""Projections of few rows on the GPU: as exact as cuBLAS, the same every time, and safe beside other launches."""
+"""Projections of few rows on the GPU: exact but for rounding, the same every time, and safe beside other launches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from pd.kernels import linear_triton
 from pd.kernels.linear import linear
-from pd.kernels.linear_configs import TABLE, Config, Row, Stream
+from pd.kernels.linear_configs import TABLE, Config, Row, Stream, config_for
 
 DEVICE = torch.device("cuda")
 
@@ -27,66 +27,64 @@ CONFIGS: list[tuple[Config, tuple[int, ...]]] = [
     (Row(4, 1024, 4), (1,)),
     (Row(8, 512, 8), (1,)),
 ]
-CASES = [(config, rows) for config, many in CONFIGS for rows in many]
 #: N, K: of Llama-3.1-8B, of Qwen2.5-0.5B, and sizes that no tile divides.
 SHAPES = [(6144, 4096), (4096, 14336), (1152, 896), (9728, 896), (1000, 1040), (72, 48)]
 
 
 def operands(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(rows + n + k)
     x = torch.randn(rows, k, dtype=dtype, device=DEVICE)
     weight = torch.randn(n, k, dtype=dtype, device=DEVICE) * k**-0.5
     return x, weight, torch.randn(n, dtype=dtype, device=DEVICE)
 
 
-def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
-    result = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    if gated:
-        gate, up = result.chunk(2, -1)
-        result = torch.nn.functional.silu(gate) * up
-    return result
+def problem(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+    """What is wrong with x weight^T + bias, which is exact but for the rounding of the result; "" if nothing is.
+
+    Half an eps is the most that rounding moves a result, relatively; sums of float32 add at most 1e-3 to results whose
+    standard deviation is 1 to 1.4.
+    """
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    try:
+        rounding = torch.finfo(found.dtype).eps / 2
+        torch.testing.assert_close(found.double(), exact, rtol=1.01 * rounding, atol=1e-3)
+    except AssertionError as error:
+        library = torch.nn.functional.linear(x, weight, bias).double()
+        return f"{error}\ncuBLAS is off by {float((library - exact).abs().max())}"
+    return ""
 
 
-def torch_own(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
-    result = torch.nn.functional.linear(x, weight, bias)
-    if gated:
-        gate, up = result.chunk(2, -1)
-        result = torch.nn.functional.silu(gate) * up
-    return result
+def problem_of_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> str:
+    found = linear(x, weight, bias)
+    if config_for(x.shape[0], *weight.shape) is not None:
+        return problem(found, x, weight, bias)
+    return "" if torch.equal(found, torch.nn.functional.linear(x, weight, bias)) else "these are not cuBLAS's bits"
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def check(config: Config, rows: int, n: int, k: int, dtype: torch.dtype, biased: bool) -> str:
+    x, weight, bias = operands(rows, n, k, dtype)
+    torch.full(
+        (rows, n), float("nan"), dtype=dtype, device=DEVICE
+    )  # the memory that the result gets: all unwritten shows
+    given = bias if biased else None
+    try:
+        found = linear_triton.launch(x, weight, given, config)
+        torch.cuda.synchronize()
+        return problem(found, x, weight, given)
+    except Exception as error:  # too much shared memory, say: the other cases are told all the same
+        return f"{type(error).__name__}: {error}"
 
 
-def unwritten(rows: int, n: int, dtype: torch.dtype) -> None:
-    """The memory that the next result of this size gets is full of NaN."""
-    torch.full((rows, n), float("nan"), dtype=dtype, device=DEVICE)
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_errors_are_those_of_rounding(shape: tuple[int, int], dtype: torch.dtype, gated: bool) -> None:
-    n, k = shape
-    for config, rows in CASES:
-        if isinstance(config, Row) and k > 4096:
-            continue
-        if isinstance(config, Stream) and gated and linear_fits_not(config, rows):
-            continue
-        x, weight, bias = operands(rows, n, k, dtype)
-        for given in (None, bias):
-            expected = exact(x, weight, given, gated)
-            unwritten(rows, expected.shape[1], dtype)
-            found = linear_triton.launch(x, weight, given, config, gated)
-            allowed = 2 * error(torch_own(x, weight, given, gated), expected)
-            assert error(found, expected) <= allowed, (config, rows)
-
-
-def linear_fits_not(config: Stream, rows: int) -> bool:
-    """Gate and up are twice the tiles and the sums."""
-    sums = 2 * config.block_n * max(rows, 16) / (32 * config.warps)
-    tiles = config.stages * config.block_k * 2 * (2 * config.block_n + max(16, rows))
-    return sums > 128 or tiles > 200 << 10
+@pytest.mark.parametrize("config,many", CONFIGS, ids=str)
+def test_nothing_but_the_result_is_rounded(config: Config, many: tuple[int, ...], dtype: torch.dtype) -> None:
+    problems = []
+    for rows in many:
+        for n, k in SHAPES if dtype == torch.bfloat16 else SHAPES[2:5]:
+            biased = k < 4096
+            wrong = check(config, rows, n, k, dtype, biased)
+            problems += [f"{rows} rows, {n} x {k}, bias {biased}: {wrong}"] if wrong else []
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize("config", [config for config, _ in CONFIGS], ids=str)
@@ -135,22 +133,28 @@ def test_a_captured_chain_whose_kernels_overlap_gives_the_bits_of_one_at_a_time(
         assert torch.equal(found, expected)
 
 
-def test_the_op_agrees_with_torch_at_every_entry_of_the_table_and_where_there_is_none() -> None:
-    entries = [(shape, rows) for shape, entry in TABLE.items() for rows in (1, *(most for most, _ in entry))]
-    for (n, k), rows in [*entries, ((640, 320), 3)]:
+@pytest.mark.parametrize("n,k", TABLE, ids=str)
+def test_the_op_is_right_at_every_entry_of_the_table_and_between_them(n: int, k: int) -> None:
+    for rows in (1, 2, *(rows for most, _ in TABLE[n, k] for rows in (most - 3, most, most + 1))):
         x, weight, bias = operands(rows, n, k, torch.bfloat16)
         for given in (None, bias):
-            expected = exact(x, weight, given, False)
-            allowed = 2 * error(torch_own(x, weight, given, False), expected)
-            assert error(linear(x, weight, given), expected) <= allowed, (n, k, rows)
+            wrong = problem_of_op(x, weight, given)
+            assert not wrong, f"{rows} rows, bias {given is not None}: {wrong}"
+
+
+@pytest.mark.parametrize("n,k", [(24576, 4096), (4096, 12288), (640, 320)], ids=str)
+def test_the_op_is_right_for_shapes_that_are_not_in_the_table(n: int, k: int) -> None:
+    for rows in (1, 3):
+        x, weight, bias = operands(rows, n, k, torch.bfloat16)
+        assert not problem_of_op(x, weight, bias)
 
 
 def test_rows_that_lie_apart_or_off_the_grid_of_16_bytes_are_right_too() -> None:
     wide = torch.randn(8, 4200, dtype=torch.bfloat16, device=DEVICE)
-    weight = operands(1, 512, 4096, torch.bfloat16)[1]
-    for start in (0, 8, 1):
-        x = wide[:, start : start + 4096]
-        found = linear(x, weight)
-        assert error(found, exact(x, weight, None, False)) < 4e-3
-    found = linear_triton.launch(wide[:, 8:4104], weight, None, Stream(64, 256, 4, 4))
-    assert error(found, exact(wide[:, 8:4104], weight, None, False)) < 4e-3
+    weight = operands(1, 4096, 4096, torch.bfloat16)[1]
+    for start in (0, 8):
+        for rows in (1, 8):
+            x = wide[:rows, start : start + 4096]
+            assert not problem(linear(x, weight), x, weight, None), f"{rows} rows from column {start}"
+    x = wide[:, 1:4097]
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))

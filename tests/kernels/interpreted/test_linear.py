@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pd.kernels import linear_triton, reference
+from pd.kernels import linear_triton
 from pd.kernels.linear_configs import Config, Row, Stream
 
 #: Error allowed, by the largest value: the sums are of float32 whatever the operands.
@@ -28,12 +28,10 @@ def operands(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[torch.Tenso
     return torch.randn(rows, k, dtype=dtype), torch.randn(n, k, dtype=dtype) / k**0.5, torch.randn(n, dtype=dtype)
 
 
-def check(config: Config, rows: int, n: int, k: int, dtype: torch.dtype, gated: bool, biased: bool) -> None:
-    x, weight, bias = operands(rows, 2 * n if gated else n, k, dtype)
-    found = linear_triton.launch(x, weight, bias if biased else None, config, gated)
+def check(config: Config, rows: int, n: int, k: int, dtype: torch.dtype, biased: bool) -> None:
+    x, weight, bias = operands(rows, n, k, dtype)
+    found = linear_triton.launch(x, weight, bias if biased else None, config)
     expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float() if biased else None)
-    if gated:
-        expected = reference.silu_mul(expected)
     assert found.dtype == dtype
     error = (found.float() - expected).abs().max() / expected.abs().max()
     assert error <= TOLERANCE[dtype]
@@ -43,26 +41,23 @@ def check(config: Config, rows: int, n: int, k: int, dtype: torch.dtype, gated: 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("config", STREAMS)
 def test_rows_stream_through_the_weight(config: str, shape: str) -> None:
-    check(STREAMS[config], *SHAPES[shape], torch.float32, gated=False, biased=shape == "odd")
+    check(STREAMS[config], *SHAPES[shape], torch.float32, biased=shape == "odd")
 
 
-@pytest.mark.parametrize("config", ["three programs cut through blocks", "the copy engine"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
-def test_gate_and_up_are_one_pass(config: str, biased: bool) -> None:
-    check(STREAMS[config], *SHAPES["odd"], torch.float16, gated=True, biased=biased)
+def test_half_precision_is_summed_in_single(biased: bool) -> None:
+    check(STREAMS["three programs cut through blocks"], *SHAPES["odd"], torch.float16, biased)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("config", [Stream(128, 32, 3, 4), Stream(256, 32, 3, 4, per_sm=0)], ids=["cut", "whole"])
-def test_many_sums_are_stored_in_parts(config: Config, gated: bool) -> None:
-    check(config, 50, 300, 160, torch.float32, gated, biased=gated)
+def test_many_sums_are_stored_in_parts(config: Config) -> None:
+    check(config, 50, 300, 160, torch.float32, biased=config.block_n == 256)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", [(1, 64, 256), (1, 33, 80), (1, 6, 304)], ids=str)
-def test_a_single_row(shape: tuple[int, int, int], gated: bool) -> None:
-    check(Row(8, 128, 4), *shape, torch.float32, gated, biased=shape[1] == 33)
-    check(Row(4, 64, 4), *shape, torch.float16, gated, biased=shape[1] != 33)
+def test_a_single_row(shape: tuple[int, int, int]) -> None:
+    check(Row(8, 128, 4), *shape, torch.float32, biased=shape[1] == 33)
+    check(Row(4, 64, 4), *shape, torch.float16, biased=shape[1] != 33)
 
 
 def test_rows_may_lie_apart() -> None:
