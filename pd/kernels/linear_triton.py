@@ -72,21 +72,20 @@ def _load_x(x, column, rows, k, x_stride, ROWS: tl.constexpr, BLOCK_K: tl.conste
 
 @triton.jit
 def _halves(sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_N, WIDTH] -> the even and the odd columns. A thread has both of a pair, so nothing moves."""
-    return tl.split(tl.reshape(sums, [BLOCK_N, WIDTH // 2, 2]))
+    """[BLOCK_N, WIDTH] -> the left and the right columns. A thread has the same ones of both, so nothing moves."""
+    return tl.split(tl.permute(tl.reshape(sums, [BLOCK_N, 2, WIDTH // 2]), (0, 2, 1)))
 
 
 @triton.jit
-def _store(out, bias, sums, row, lane, lane_step, rows, n, out_stride, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
-    """sums [BLOCK_N, WIDTH] float32 -> out [rows, n]: rows lane, lane + lane_step, … from column `row` on."""
+def _store(out, bias, sums, row, lane, rows, n, out_stride, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums [BLOCK_N, WIDTH] float32 -> out [rows, n], from (lane, row) on."""
     if WIDTH * BLOCK_N > AT_ONCE:
-        even, odd = _halves(sums, WIDTH, BLOCK_N)
-        step = 2 * lane_step
-        _store(out, bias, even, row, lane, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
-        _store(out, bias, odd, row, lane + lane_step, step, rows, n, out_stride, WIDTH // 2, BLOCK_N)
+        left, right = _halves(sums, WIDTH, BLOCK_N)
+        _store(out, bias, left, row, lane, rows, n, out_stride, WIDTH // 2, BLOCK_N)
+        _store(out, bias, right, row, lane + WIDTH // 2, rows, n, out_stride, WIDTH // 2, BLOCK_N)
     else:
         columns = row + tl.arange(0, BLOCK_N)
-        lanes = lane + lane_step * tl.arange(0, WIDTH)
+        lanes = lane + tl.arange(0, WIDTH)
         if bias is not None:
             sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[:, None]
         pointers = out + lanes[:, None] * out_stride + columns[None, :]
@@ -103,26 +102,24 @@ def _places(WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
 def _keep(part, sums, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
     """Leave partial sums [BLOCK_N, WIDTH] at `part`, halves of halves one after the other."""
     if WIDTH * BLOCK_N > AT_ONCE:
-        even, odd = _halves(sums, WIDTH, BLOCK_N)
-        _keep(part, even, WIDTH // 2, BLOCK_N)
-        _keep(part + BLOCK_N * (WIDTH // 2), odd, WIDTH // 2, BLOCK_N)
+        left, right = _halves(sums, WIDTH, BLOCK_N)
+        _keep(part, left, WIDTH // 2, BLOCK_N)
+        _keep(part + BLOCK_N * (WIDTH // 2), right, WIDTH // 2, BLOCK_N)
     else:
         tl.store(part + _places(WIDTH, BLOCK_N), sums, cache_modifier=".cg")
 
 
 @triton.jit
 def _add_up(
-    out, bias, partial, first, last, row, lane, lane_step, rows, n, out_stride,
+    out, bias, partial, first, last, row, lane, rows, n, out_stride,
     SLOT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store the sum of what programs first to last kept, each in slots of SLOT numbers."""
     if WIDTH * BLOCK_N > AT_ONCE:
-        odd = partial + BLOCK_N * (WIDTH // 2)
-        step = 2 * lane_step
-        _add_up(out, bias, partial, first, last, row, lane, step, rows, n, out_stride, SLOT, WIDTH // 2, BLOCK_N)
-        _add_up(
-            out, bias, odd, first, last, row, lane + lane_step, step, rows, n, out_stride, SLOT, WIDTH // 2, BLOCK_N
-        )
+        HALF: tl.constexpr = WIDTH // 2
+        right = partial + BLOCK_N * HALF
+        _add_up(out, bias, partial, first, last, row, lane, rows, n, out_stride, SLOT, HALF, BLOCK_N)
+        _add_up(out, bias, right, first, last, row, lane + HALF, rows, n, out_stride, SLOT, HALF, BLOCK_N)
     else:
         places = _places(WIDTH, BLOCK_N)
         sums = tl.zeros([BLOCK_N, WIDTH], tl.float32)
@@ -130,7 +127,7 @@ def _add_up(
             # A program keeps the block that it ends in its first slot, the one that it leaves unfinished in its second.
             slot = 2 * program + (program != last).to(tl.int32)
             sums += tl.load(partial + slot * SLOT + places, cache_modifier=".cg")
-        _store(out, bias, sums, row, lane, lane_step, rows, n, out_stride, WIDTH, BLOCK_N)
+        _store(out, bias, sums, row, lane, rows, n, out_stride, WIDTH, BLOCK_N)
 
 
 @triton.jit
@@ -159,7 +156,7 @@ def _arrive(
     if before == last - first:
         tl.store(arrivals + first, 0)  # for the next launch
         row = block * BLOCK_N
-        _add_up(out, bias, partial, first, last, row, 0, 1, rows, n, out_stride, BLOCK_N * ROWS, ROWS, BLOCK_N)
+        _add_up(out, bias, partial, first, last, row, 0, rows, n, out_stride, BLOCK_N * ROWS, ROWS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows", "prefetch"])
@@ -203,11 +200,11 @@ def stream(
         if step % steps == steps - 1:
             if DIVIDED:
                 if step - steps + 1 >= begin:
-                    _store(out, bias, sums, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
+                    _store(out, bias, sums, row, 0, rows, n, out_stride, ROWS, BLOCK_N)
                 else:
                     _keep(partial + 2 * program * (BLOCK_N * ROWS), sums, ROWS, BLOCK_N)
             else:
-                _store(out, bias, sums, row, 0, 1, rows, n, out_stride, ROWS, BLOCK_N)
+                _store(out, bias, sums, row, 0, rows, n, out_stride, ROWS, BLOCK_N)
             sums = tl.zeros([BLOCK_N, ROWS], tl.float32)
     if PDL:
         if not EARLY:

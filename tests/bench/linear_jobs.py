@@ -128,6 +128,7 @@ QUICK: dict[int, tuple[Stream, ...]] = {
     ),
     128: (
         Stream(64, 64, 4, 4, tma=True),
+        Stream(64, 128, 2, 4, tma=True),
         Stream(128, 64, 3, 8, tma=True),
         Stream(128, 64, 6, 8, tma=True),
         Stream(128, 128, 3, 8, tma=True),
