@@ -14,6 +14,7 @@ import torch
 
 from pd.kernels.activation import silu_mul
 from pd.kernels.attention import AttentionBatch, DeviceBatch, LayerKv, paged_attention
+from pd.kernels.linear import linear
 from pd.kernels.norm import add_rms_norm, rms_norm
 from pd.kernels.rope import QkNorm, rope_tables, rope_write_kv
 from pd.models.dense import DenseConfig, dense_config, expected_tensors
@@ -65,7 +66,7 @@ class DenseDecoder:
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden, self._head)
+        return linear(hidden, self._head)
 
 
 def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDecoder:
@@ -76,7 +77,7 @@ def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDec
     def take(name: str) -> torch.Tensor:
         return weights.take(name, shapes[name])
 
-    def linear(*names: str) -> Linear:
+    def fused(*names: str) -> Linear:
         parts = [f"{name}.weight" for name in names]
         weight = weights.stack(parts, [shapes[part] for part in parts])
         parts = [f"{name}.bias" for name in names]
@@ -95,11 +96,11 @@ def build(raw: Mapping[str, Any], info: ModelInfo, weights: Weights) -> DenseDec
         layers.append(
             DecoderLayer(
                 attention_norm=take(prefix + "input_layernorm.weight"),
-                qkv=linear(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-                out=linear(attention + "o_proj"),
+                qkv=fused(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
+                out=fused(attention + "o_proj"),
                 mlp_norm=take(prefix + "post_attention_layernorm.weight"),
-                gate_up=linear(mlp + "gate_proj", mlp + "up_proj"),
-                down=linear(mlp + "down_proj"),
+                gate_up=fused(mlp + "gate_proj", mlp + "up_proj"),
+                down=fused(mlp + "down_proj"),
                 qk_norm=qk_norm(attention),
                 window=config.windows[index],
             )

@@ -21,7 +21,7 @@ from pd.runner.device_state import DeviceState
 from pd.runner.device_worker import DeviceWorker
 from pd.runner.ends import StepEnds
 from pd.runner.grammar import Grammars
-from pd.runner.graphs import DecodeGraphs
+from pd.runner.graphs import StepGraphs
 from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, count_device_blocks, free_memory
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
@@ -181,7 +181,14 @@ class Gpu:
             started = time.monotonic()
             largest = min(config.model.cuda_graph_max_bs, config.max_running)
             with torch.inference_mode():
-                graphs = DecodeGraphs(self._model, pool, state, largest, _Progress(log, "capturing graphs"))
+                graphs = StepGraphs(
+                    self._model,
+                    pool,
+                    state,
+                    batch=largest,
+                    group=info.num_heads // info.num_kv_heads,
+                    progress=_Progress(log, "capturing graphs"),
+                )
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
         self._worker = worker

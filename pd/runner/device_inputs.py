@@ -33,6 +33,11 @@ class Packed:
     def of(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: buffer[place] for name, place in self._places.items()}
 
+    def on_host(self, pinned: bool = True) -> tuple[torch.Tensor, dict[str, Int32]]:
+        """A buffer to be filled, and its fields. With `pinned` it may be reused as soon as its copy has left it."""
+        memory = torch.empty(self.words, dtype=torch.int32, pin_memory=pinned)
+        return memory, {name: field.numpy() for name, field in self.of(memory).items()}
+
 
 @dataclass(frozen=True)
 class StepArrays:
@@ -70,6 +75,12 @@ def row_fields(rows: int, tokens: int) -> dict[str, int]:
     )
 
 
+def sample_fields(samples: int, prompts: int, tiles: int) -> dict[str, int]:
+    """Lengths of the fields that say what is sampled, and of those that describe prompts; `tiles` in words."""
+    names = ("sample_rows", "sample_slots", "sample_lengths")
+    return dict.fromkeys(names, samples) | {"starts": prompts + 1, "tiles": tiles}
+
+
 def view_rows(fields: Mapping[str, torch.Tensor], tables: torch.Tensor, decode: int) -> StepRows:
     names = ("slots", "lengths", "grown", "tokens", "positions", "blocks", "offsets")
     return StepRows(**{name: fields[name] for name in names}, tables=tables, decode=decode)
@@ -88,12 +99,20 @@ def fill_rows(host: Mapping[str, Int32], rows: Sequence[Row], grown: Mapping[int
 
 
 def fill_decode(host: Mapping[str, Int32], rows: Sequence[Row]) -> None:
+    """The first rows' tokens and positions; what follows, until it is filled, is harmless."""
     count = len(rows)
     host["tokens"][:count] = [row.request.tokens.at(row.first) for row in rows]
+    host["tokens"][count:] = 0
     host["positions"][:count] = [row.first for row in rows]
+    host["positions"][count:] = 0
 
 
 def fill_prompts(host: Mapping[str, Int32], rows: Sequence[Row], page_size: int) -> None:
+    """Tokens and slots of prompt rows; tokens that fill up a captured step go to the scratch block."""
+    if rows:
+        end = rows[-1].start + rows[-1].count
+        for name in ("tokens", "positions", "blocks", "offsets"):
+            host[name][end:] = 0
     for row in rows:
         part = slice(row.start, row.start + row.count)
         positions = np.arange(row.first, row.end, dtype=np.int32)
@@ -105,6 +124,26 @@ def fill_prompts(host: Mapping[str, Int32], rows: Sequence[Row], page_size: int)
         host["blocks"][part] = 0
         host["blocks"][part][known] = table[pages[known]]
         host["offsets"][part] = positions % page_size
+
+
+def fill_samples(host: Mapping[str, Int32], rows: Sequence[Row], scratch: int) -> None:
+    """`rows` sample, each at its last token; samples beyond them are nobody's."""
+    count = len(rows)
+    host["sample_rows"][:count] = [row.start + row.count - 1 for row in rows]
+    host["sample_rows"][count:] = 0
+    host["sample_slots"][:count] = [row.request.slot for row in rows]
+    host["sample_slots"][count:] = scratch
+    host["sample_lengths"][:count] = [row.end for row in rows]
+    host["sample_lengths"][count:] = 0
+
+
+def fill_tiles(host: Mapping[str, Int32], prompts: Sequence[PromptRow], tiles: Int32, tokens: int) -> None:
+    """Prompts and tiles beyond them are empty: they begin at the end of `tokens`."""
+    host["starts"][: len(prompts)] = [prompt.start for prompt in prompts]
+    host["starts"][len(prompts) :] = tokens
+    places = host["tiles"].reshape(-1, 2)
+    places[: len(tiles)] = tiles
+    places[len(tiles) :] = (0, tokens)
 
 
 class InputBuilder:
@@ -120,21 +159,13 @@ class InputBuilder:
         prompts = tuple(PromptRow(row.start, row.count, row.end) for row in rows[decode:])
         tiles = prompt_tiles(prompts, self._group)
         wanted = [row for row in rows if row.sample]
-        packed = Packed(
-            row_fields(len(rows), tokens)
-            | dict.fromkeys(("sample_rows", "sample_slots", "sample_lengths"), len(wanted))
-            | {"starts": len(prompts) + 1, "tiles": tiles.size}
-        )
-        memory = torch.empty(packed.words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        host = {name: field.numpy() for name, field in packed.of(memory).items()}
+        packed = Packed(row_fields(len(rows), tokens) | sample_fields(len(wanted), len(prompts), tiles.size))
+        memory, host = packed.on_host(self._device.type == "cuda")
         fill_rows(host, rows, grown, self._scratch)
         fill_decode(host, rows[:decode])
         fill_prompts(host, rows[decode:], self._page)
-        host["sample_rows"][:] = [row.start + row.count - 1 for row in wanted]
-        host["sample_slots"][:] = [row.request.slot for row in wanted]
-        host["sample_lengths"][:] = [row.end for row in wanted]
-        host["starts"][:] = [row.start for row in prompts] + [tokens]
-        host["tiles"][:] = tiles.reshape(-1)
+        fill_samples(host, wanted, self._scratch)
+        fill_tiles(host, prompts, tiles, tokens)
         fields = packed.of(memory.to(self._device, non_blocking=True))
         width = -(-max(row.end for row in rows) // self._page)
         tables = torch.empty(len(rows), width, dtype=torch.int32, device=self._device)

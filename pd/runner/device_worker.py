@@ -18,12 +18,13 @@ from pd.models.registry import Model
 from pd.runner.device_inputs import UNKNOWN, InputBuilder
 from pd.runner.device_state import DeviceState, upload
 from pd.runner.grammar import Grammars
-from pd.runner.graphs import DecodeGraphs
+from pd.runner.graphs import Outcome, StepGraphs
 from pd.runner.inputs import Int32, Request, RequestTable, Row
 from pd.runner.kv_pool import KvPool
 from pd.runner.logprobs import prompt_logprobs
 from pd.runner.results import step_done
 from pd.runner.sampler import Sampled, needs_host, restricts, sample, wants_logprob
+from pd.types import SamplingParams
 
 #: (blocks, valid tokens) -> int64[n] on the device, launched behind the step that completes the blocks.
 LaunchDigests = Callable[[Int32, Int32], torch.Tensor]
@@ -89,14 +90,14 @@ class DeviceWorker:
         self.table = RequestTable(pool.num_blocks)
         self._model, self._pool, self._state, self._vocab, self._rank = model, pool, state, vocab_size, rank
         self._digest, self._push, self._grammars = digest, push, grammars
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._by_torch = by_torch
         self._device = state.state.last.device
         self._inputs = InputBuilder(pool.shape.tokens, group, state.state.scratch, self._device)
         self._pending: deque[Launched] = deque()
         self._tell: Callable[[torch.cuda.Event | None], None] = lambda event: None
 
-    def start(self, graphs: DecodeGraphs | None, launched: Callable[[torch.cuda.Event | None], None]) -> None:
+    def start(self, graphs: StepGraphs | None, launched: Callable[[torch.cuda.Event | None], None]) -> None:
         """After the first steps. `launched` is told of each step the event that it ends with, None if it has ended."""
         self._graphs, self._tell = graphs, launched
 
@@ -196,49 +197,51 @@ class DeviceWorker:
     # --- computing ---
 
     def _compute(self, launched: Launched, grown: Mapping[int, int]) -> None:
-        rows, wanted = launched.rows, launched.wanted
-        slow = any(needs_host(rows[index].request) for index in wanted)
-        logits, tokens, logprobs = None, None, None
-        if self._graphs is not None and len(rows) <= self._graphs.largest and _is_plain_decode(rows):
-            simple = not slow and not any(
-                restricts(row.request.sampling) or wants_logprob(row.request.sampling) for row in rows
-            )
-            captured = self._graphs.replay(rows, grown, simple)
-            logits, tokens = captured.logits[: len(rows)], captured.tokens
-            if tokens is not None:
-                tokens = tokens[: len(rows)]
-            elif not slow:
-                slots = upload(np.array([row.request.slot for row in rows], dtype=np.int32), self._device)
-                lengths = upload(np.array([row.end for row in rows], dtype=np.int32), self._device)
-                tokens, logprobs = self._sample(rows, logits, slots, lengths)
-        else:
-            arrays = self._inputs.build(rows, _decode_rows(rows), grown)
-            prepare_rows(self._state.state, arrays.rows, self._pool.shape.tokens)
-            hidden = self._model.forward(
-                arrays.rows.tokens, arrays.batch(self._state.arrivals, self._by_torch), self._pool.layers
-            )
-            launched.prompts = self._prompt_logprobs(rows, hidden)
-            if wanted:
-                logits = self._model.logits(hidden.index_select(0, arrays.sample_rows))
-                if not slow:
-                    sampled = [rows[index] for index in wanted]
-                    tokens, logprobs = self._sample(sampled, logits, arrays.sample_slots, arrays.sample_lengths)
-        if wanted and slow:
-            assert logits is not None
-            self._sample_slowly(launched, logits)
+        rows = launched.rows
+        samples = [rows[index] for index in launched.wanted]
+        outcome = self._replay(rows, grown)
+        if outcome is None:
+            outcome = self._launch_kernels(rows, grown)
+        elif len(outcome.logits) > len(samples):  # a captured decode batch samples every row
+            outcome = _of_rows(outcome, launched.wanted)
+        if outcome.hidden is not None:
+            launched.prompts = self._prompt_logprobs(rows, outcome.hidden)
+        tokens: torch.Tensor | None = None
+        logprobs: torch.Tensor | None = None
+        if any(needs_host(row.request) for row in samples):
+            self._sample_slowly(launched, outcome.logits)
+        elif outcome.tokens is not None and not any(_asks_more(row.request.sampling) for row in samples):
+            tokens = outcome.tokens
+        elif samples:
+            tokens, logprobs = self._sample(samples, outcome)
         self._advance(launched, tokens, logprobs)
 
-    def _sample(
-        self, rows: Sequence[Row], logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        state = self._state.state
+    def _replay(self, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome | None:
+        """By a captured graph, where there is one for it."""
+        if self._graphs is None:
+            return None
+        decode = _decode_rows(rows)
+        if decode == 0:
+            return self._graphs.prompts(rows)
+        return self._graphs.decode(rows, grown) if decode == len(rows) and not _tells_prompts(rows) else None
+
+    def _launch_kernels(self, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome:
+        arrays = self._inputs.build(rows, _decode_rows(rows), grown)
+        prepare_rows(self._state.state, arrays.rows, self._pool.shape.tokens)
+        batch = arrays.batch(self._state.arrivals, self._by_torch)
+        hidden = self._model.forward(arrays.rows.tokens, batch, self._pool.layers)
+        last = hidden.index_select(0, arrays.sample_rows)
+        logits = self._model.logits(last) if len(last) else last
+        return Outcome(logits, arrays.sample_slots, arrays.sample_lengths, hidden=hidden)
+
+    def _sample(self, rows: Sequence[Row], outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor | None]:
         tokens, logprobs = sample_rows(
-            logits,
-            gather_sampling(state, slots, lengths),
+            outcome.logits,
+            gather_sampling(self._state.state, outcome.slots, outcome.lengths),
             restricted=any(restricts(row.request.sampling) for row in rows),
             logprobs=any(wants_logprob(row.request.sampling) for row in rows),
         )
-        store_last(state, slots, tokens)
+        store_last(self._state.state, outcome.slots, tokens)
         return tokens, logprobs
 
     def _sample_slowly(self, launched: Launched, logits: torch.Tensor) -> None:
@@ -246,8 +249,6 @@ class DeviceWorker:
         for earlier in self._pending:
             earlier.resolve()
         rows = [launched.rows[index] for index in launched.wanted]
-        if len(rows) < logits.shape[0]:  # a captured batch computes every row's
-            logits = logits[torch.tensor(launched.wanted, device=logits.device)]
         requests = [row.request for row in rows]
         forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
         results = sample(requests, logits.float(), forbidden)
@@ -272,10 +273,6 @@ class DeviceWorker:
             if result is not None and request.constraint is not None:
                 request.constraint.advance(result.tokens[0])
         if tokens is not None:
-            if len(launched.wanted) < tokens.shape[0]:  # a captured batch samples every row
-                chosen = torch.tensor(launched.wanted, device=tokens.device)
-                tokens = tokens[chosen]
-                logprobs = logprobs[chosen] if logprobs is not None else None
             launched.tokens = self._to_host(tokens)
             launched.logprobs = self._to_host(logprobs) if logprobs is not None else None
 
@@ -313,7 +310,19 @@ def _decode_rows(rows: Sequence[Row]) -> int:
     return next((index for index, row in enumerate(rows) if row.count > 1), len(rows))
 
 
-def _is_plain_decode(rows: Sequence[Row]) -> bool:
-    return all(
-        row.count == 1 and not (row.request.logprob_start >= 0 and row.first < row.request.prompt_len) for row in rows
+def _tells_prompts(rows: Sequence[Row]) -> bool:
+    """Logprobs of prompt tokens are asked for, which are of the hidden states."""
+    return any(row.request.logprob_start >= 0 and row.first < row.request.prompt_len for row in rows)
+
+
+def _asks_more(sampling: SamplingParams) -> bool:
+    """More than a token that is the best, or drawn from all."""
+    return restricts(sampling) or wants_logprob(sampling)
+
+
+def _of_rows(outcome: Outcome, rows: Sequence[int]) -> Outcome:
+    chosen = torch.tensor(rows, dtype=torch.int64, device=outcome.logits.device)
+    assert outcome.tokens is not None
+    return Outcome(
+        outcome.logits[chosen], outcome.slots[chosen], outcome.lengths[chosen], outcome.tokens[chosen], outcome.hidden
     )

@@ -1,115 +1,202 @@
-"""Decode steps as CUDA graphs: one launch for all kernels of a batch, from the rows that the host sends to the tokens.
+"""Steps as CUDA graphs: one launch for all kernels, from the rows that the host sends to the sampled tokens.
 
-A batch is filled up to the next captured size. For each size there are two graphs: one that samples greedily or by
-temperature, as nearly every step does, and one that ends with the logits.
+A decode batch is filled up to the next captured number of rows, a step of short prompts to the next captured number of
+tokens. Both exist because a launch takes the host 10 to 40 us: without graphs, more than the device needs for a layer
+of a decode step or of a few hundred prompt tokens. Every graph samples greedily or by temperature, as most steps do;
+others take its logits and sample once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pd.kernels.attention import DeviceBatch
+from pd.kernels.attention import DeviceBatch, PromptRow
+from pd.kernels.attention_plan import prompt_tiles, tile_tokens
 from pd.kernels.sampling_device import sample_rows
-from pd.kernels.step_rows import gather_sampling, prepare_rows, store_last
+from pd.kernels.step_rows import StepRows, gather_sampling, prepare_rows, store_last
 from pd.models.registry import Model
-from pd.runner.device_inputs import Packed, fill_decode, fill_rows, row_fields, view_rows
+from pd.runner.device_inputs import (
+    Packed,
+    fill_decode,
+    fill_prompts,
+    fill_rows,
+    fill_samples,
+    fill_tiles,
+    row_fields,
+    sample_fields,
+    view_rows,
+)
 from pd.runner.device_state import DeviceState
 from pd.runner.inputs import Row
 from pd.runner.kv_pool import KvPool
 
-#: Batches up to this size are captured for every multiple of four, larger ones for multiples of 16.
+#: Decode batches up to this size are captured for every multiple of four, larger ones for multiples of 16.
 _FINE = 32
+
+#: Tokens of prompt steps that are captured: where the host would need longer than the device.
+PROMPT_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+
+#: Prompts in such a step.
+PROMPT_ROWS = 16
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """Batch sizes that are captured, ascending; the last one is `largest`."""
+    """Decode batches that are captured, ascending; the last one is `largest`."""
     sizes = {1, 2, *range(4, _FINE + 1, 4), *range(_FINE + 16, largest + 1, 16), largest}
     return sorted(size for size in sizes if size <= largest)
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """`tokens` int32[size] of a graph that samples; `logits` [size, V] of one that does not."""
+class Outcome:
+    """What a step's kernels leave for those of its rows that sample, before anything but the device knows it.
 
-    graph: torch.cuda.CUDAGraph
-    tokens: torch.Tensor | None
+    `logits` [S, V]; `slots`, `lengths` int32[S] as `gather_sampling` takes them; `tokens` int32[S] of a graph, which has
+    sampled and stored them as if no row asked for more than a temperature; `hidden` [T, H] of all tokens.
+    """
+
     logits: torch.Tensor
+    slots: torch.Tensor
+    lengths: torch.Tensor
+    tokens: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
 
-class DecodeGraphs:
-    """`replay` fills the inputs and launches; what it returns is overwritten by the next replay, in stream order."""
+@dataclass(frozen=True)
+class _Captured:
+    layout: Packed
+    graph: torch.cuda.CUDAGraph
+    outcome: Outcome
+
+
+class StepGraphs:
+    """What a replay returns is overwritten by the next one, in stream order."""
 
     def __init__(
-        self, model: Model, pool: KvPool, state: DeviceState, largest: int, progress: Callable[[int, int], None]
+        self,
+        model: Model,
+        pool: KvPool,
+        state: DeviceState,
+        *,
+        batch: int,
+        group: int,
+        progress: Callable[[int, int], None],
     ) -> None:
-        self._model, self._pool, self._state, self._arrivals = model, pool, state.state, state.arrivals
-        self._sizes = graph_sizes(largest)
-        device = self._state.last.device
-        self._layouts = {size: Packed(row_fields(size, size)) for size in self._sizes}
-        self._inputs = torch.zeros(self._layouts[largest].words, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(largest, state.width, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[int, bool], _Captured] = {}
-        self._capture(progress)
+        """Decode up to `batch` rows. `group` query heads share a kv head. Call it in inference mode."""
+        self._model, self._pool, self._state = model, pool, state
+        self._group, self._page = group, pool.shape.tokens
+        self._decode_sizes, self._prompt_sizes = graph_sizes(batch), PROMPT_TOKENS
+        layouts = {("decode", size): Packed(row_fields(size, size)) for size in self._decode_sizes}
+        layouts |= {("prompts", size): Packed(self._prompt_fields(size)) for size in self._prompt_sizes}
+        device = state.state.last.device
+        words = max(layout.words for layout in layouts.values())
+        self._inputs = torch.zeros(words, dtype=torch.int32, device=device)
+        rows = max(batch, PROMPT_ROWS)
+        self._tables = torch.zeros(rows, state.width, dtype=torch.int32, device=device)
+        self._graphs: dict[tuple[str, int], _Captured] = {}
+        self._capture(layouts, progress)
 
-    @property
-    def largest(self) -> int:
-        return self._sizes[-1]
+    # --- replays ---
 
-    def replay(self, rows: Sequence[Row], grown: Mapping[int, int], samples: bool) -> _Captured:
-        """One step of these rows, of one token each. Its outputs have as many rows as were captured, theirs first."""
-        size = next(size for size in self._sizes if size >= len(rows))
-        memory = torch.empty(self._layouts[size].words, dtype=torch.int32, pin_memory=True)
-        host = {name: field.numpy() for name, field in self._layouts[size].of(memory).items()}
-        fill_rows(host, rows, grown, self._state.scratch)
+    def decode(self, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome | None:
+        """A step of rows of one token each; None where no captured batch is large enough."""
+        captured = self._find("decode", self._decode_sizes, len(rows))
+        if captured is None:
+            return None
+        memory, host = captured.layout.on_host()
+        fill_rows(host, rows, grown, self._state.state.scratch)
         fill_decode(host, rows)
-        host["tokens"][len(rows) :] = 0
-        host["positions"][len(rows) :] = 0
-        self._inputs[: len(memory)].copy_(memory, non_blocking=True)
-        captured = self._graphs[size, samples]
-        captured.graph.replay()
-        return captured
+        return self._replay(captured, memory, len(rows))
 
-    def _capture(self, progress: Callable[[int, int], None]) -> None:
+    def prompts(self, rows: Sequence[Row]) -> Outcome | None:
+        """A step of prompts alone; None where it is not captured."""
+        tokens = rows[-1].start + rows[-1].count
+        captured = self._find("prompts", self._prompt_sizes, tokens)
+        if captured is None or len(rows) > PROMPT_ROWS:
+            return None
+        memory, host = captured.layout.on_host()
+        fill_rows(host, rows, {}, self._state.state.scratch)
+        fill_prompts(host, rows, self._page)
+        prompts = tuple(PromptRow(row.start, row.count, row.end) for row in rows)
+        fill_tiles(host, prompts, prompt_tiles(prompts, self._group), tokens)
+        wanted = [row for row in rows if row.sample]
+        fill_samples(host, wanted, self._state.state.scratch)
+        return self._replay(captured, memory, len(wanted))
+
+    def _find(self, kind: str, sizes: Iterable[int], needed: int) -> _Captured | None:
+        size = next((size for size in sizes if size >= needed), None)
+        return self._graphs[kind, size] if size is not None else None
+
+    def _replay(self, captured: _Captured, memory: torch.Tensor, samples: int) -> Outcome:
+        self._inputs[: len(memory)].copy_(memory, non_blocking=True)
+        captured.graph.replay()
+        whole = captured.outcome
+        assert whole.tokens is not None
+        return Outcome(
+            whole.logits[:samples], whole.slots[:samples], whole.lengths[:samples], whole.tokens[:samples], whole.hidden
+        )
+
+    # --- capture ---
+
+    def _prompt_fields(self, tokens: int) -> dict[str, int]:
+        tiles = -(-tokens // tile_tokens(self._group)) + PROMPT_ROWS
+        return row_fields(PROMPT_ROWS, tokens) | sample_fields(PROMPT_ROWS, PROMPT_ROWS, 2 * tiles)
+
+    def _capture(self, layouts: Mapping[tuple[str, int], Packed], progress: Callable[[int, int], None]) -> None:
         """Largest first: the smaller ones live in the memory that it needed."""
         memory: Any = None
-        kinds = [(size, samples) for size in reversed(self._sizes) for samples in (True, False)]
+        order = sorted(layouts, key=lambda kind: layouts[kind].words, reverse=True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for done, (size, samples) in enumerate(kinds):
-                if samples:
-                    self._run(size, samples)  # compiles what is not compiled yet
+            for done, kind in enumerate(order):
+                run = self._decode if kind[0] == "decode" else self._prompt
+                run(kind[1], layouts[kind])  # compiles what is not compiled yet
                 graph = torch.cuda.CUDAGraph()
+                # Other threads, which move blocks, may go on.
                 with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-                    tokens, logits = self._run(size, samples)
+                    outcome = run(kind[1], layouts[kind])
                 memory = memory or graph.pool()
-                self._graphs[size, samples] = _Captured(graph, tokens, logits)
-                progress(done + 1, len(kinds))
+                self._graphs[kind] = _Captured(layouts[kind], graph, outcome)
+                progress(done + 1, len(order))
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _run(self, size: int, samples: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        fields = self._layouts[size].of(self._inputs)
-        rows = view_rows(fields, self._tables[:size], size)
-        prepare_rows(self._state, rows, self._pool.shape.tokens)
+    def _decode(self, size: int, layout: Packed) -> Outcome:
+        rows = view_rows(layout.of(self._inputs), self._tables[:size], size)
+        hidden = self._forward(rows, size)
+        return self._sample(self._model.logits(hidden), rows.slots, rows.lengths)
+
+    def _prompt(self, tokens: int, layout: Packed) -> Outcome:
+        fields = layout.of(self._inputs)
+        rows = view_rows(fields, self._tables[:PROMPT_ROWS], 0)
+        hidden = self._forward(rows, 0, fields["starts"], fields["tiles"].view(-1, 2))
+        logits = self._model.logits(hidden.index_select(0, fields["sample_rows"]))
+        return self._sample(logits, fields["sample_slots"], fields["sample_lengths"], hidden)
+
+    def _forward(
+        self, rows: StepRows, decode: int, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        prepare_rows(self._state.state, rows, self._page)
         batch = DeviceBatch(
             positions=rows.positions,
             blocks=rows.blocks,
             offsets=rows.offsets,
             tables=rows.tables,
             lengths=rows.lengths,
-            decode=size,
-            prompts=(),
-            arrivals=self._arrivals,
+            decode=decode,
+            starts=starts,
+            tiles=tiles,
+            arrivals=self._state.arrivals,
         )
-        hidden = self._model.forward(rows.tokens, batch, self._pool.layers)
-        logits = self._model.logits(hidden)
-        if not samples:
-            return None, logits
-        sampling = gather_sampling(self._state, rows.slots, rows.lengths)
+        return self._model.forward(rows.tokens, batch, self._pool.layers)
+
+    def _sample(
+        self, logits: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> Outcome:
+        sampling = gather_sampling(self._state.state, slots, lengths)
         tokens, _ = sample_rows(logits, sampling, restricted=False, logprobs=False)
-        store_last(self._state, rows.slots, tokens)
-        return tokens, logits
+        store_last(self._state.state, slots, tokens)
+        return Outcome(logits, slots, lengths, tokens, hidden)
