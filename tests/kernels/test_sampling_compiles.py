@@ -29,7 +29,7 @@ COLUMNS = {
     "lows": "*fp32:16",
     "sums": "*fp32:16",
     "counts": "*i32:16",
-    "few": "*fp32:16",
+    "few": "*i32:16",
     "tokens": "*i32:16",
     "logprobs": "*fp32:16",
     "stride": "i32:16",
