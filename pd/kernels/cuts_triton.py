@@ -133,17 +133,30 @@ def _narrow(low, high, over_low, over_high, mass, a, b, c, na, nb, nc, ma, mb, m
 
 @triton.jit
 def _gather(row, vocab, few, low, high, CHUNK: tl.constexpr):
-    """Write a row's logits with low < logit <= high to `few`, in the order of their ids."""
+    """Write the ids of a row's tokens with low < logit <= high to `few`, in rising order; returns how many.
+
+    Loads a chunk ahead: each waits for a sum over the one before.
+    """
     lanes = tl.arange(0, CHUNK)
     found = 0
+    ahead = tl.load(row + lanes, mask=lanes < vocab, other=float("-inf"))
     for start in tl.range(0, vocab, CHUNK):
-        x = tl.load(row + start + lanes, mask=start + lanes < vocab, other=float("-inf")).to(tl.float32)
+        x, ids = ahead.to(tl.float32), start + lanes
+        ahead = tl.load(row + ids + CHUNK, mask=ids + CHUNK < vocab, other=float("-inf"))
         wanted = ((x > low) & (x <= high)).to(tl.int32)
         count = tl.sum(wanted, 0)
         if count > 0:
-            tl.store(few + found + tl.cumsum(wanted, 0) - 1, x, mask=wanted > 0)
+            tl.store(few + found + tl.cumsum(wanted, 0) - 1, ids, mask=wanted > 0)
         found += count
     return found
+
+
+@triton.jit
+def _load_few(row, few, found, FEW: tl.constexpr):
+    """The tokens that `_gather` has found, as (ids, logits); -inf beyond them."""
+    lanes = tl.arange(0, FEW)
+    ids = tl.load(few + lanes, mask=lanes < found, other=0)
+    return ids, tl.load(row + ids, mask=lanes < found, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -164,10 +177,11 @@ def _search(
     """Bisect keys until high is low + 1, while the tokens above low reach the target and those above high do not.
 
     What reaches it is their number or, with MASS, their mass. Returns that high's value, the number of tokens above it,
-    their mass and the number of tokens that equal it. `over_low` is the number above low, or more.
+    their mass, the number of tokens that equal it, and how many `few` holds in the end: these among them, or none.
+    `over_low` is the number above low, or more.
     """
     over_high, mass = 0, 0.0
-    passes = 0
+    passes, found = 0, 0
     while (over_low - over_high > FEW) & (high - low > 1):
         if passes < _EVEN_PASSES:
             a, b, c = _even(low, high, 0.25), _even(low, high, 0.5), _even(low, high, 0.75)
@@ -181,8 +195,7 @@ def _search(
     if high - low > 1:
         found = _gather(row, vocab, few, _value(low), _value(high), CHUNK)
         tl.debug_barrier()
-        lanes = tl.arange(0, FEW)
-        x = tl.load(few + lanes, mask=lanes < found, other=float("-inf"))
+        _, x = _load_few(row, few, found, FEW)
         tl.debug_barrier()
         before, mass_before = over_high, mass
         over_low = before + found
@@ -207,7 +220,7 @@ def _search(
                 target,
                 MASS,
             )
-    return _value(high), over_high, mass, over_low - over_high
+    return _value(high), over_high, mass, over_low - over_high, found
 
 
 @triton.jit
@@ -224,6 +237,14 @@ def _last_tie(row, vocab, cut, keep, CHUNK: tl.constexpr):
         seen += count
         start += CHUNK
     return last
+
+
+@triton.jit
+def _last_tie_of_few(row, few, found, cut, keep, FEW: tl.constexpr):
+    """`_last_tie` among tokens that `_gather` has found."""
+    ids, x = _load_few(row, few, found, FEW)
+    ties = (x == cut).to(tl.int32)
+    return tl.min(tl.where((ties > 0) & (tl.cumsum(ties, 0) == keep), ids, NONE), 0)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -264,9 +285,9 @@ def cut_pass(
         total = tl.sum(tl.load(counts + at, mask=lanes < tiles, other=0), 0)
         weights = tl.exp2((tile_highs - highest) * scale)
         mass = tl.sum(tl.load(sums + at, mask=lanes < tiles, other=0.0) * weights, 0)
-        ties, keep = 0, 0
+        ties, keep, found = 0, 0, 0
         if (top_k > 0) & (top_k < total):
-            cut, over, _, ties = _search(
+            cut, over, _, ties, found = _search(
                 row,
                 vocab,
                 few,
@@ -291,7 +312,7 @@ def cut_pass(
                 low = tl.maximum(low, _key(cut))
             target = top_p * mass
             if above >= target:
-                cut, _, above, ties = _search(
+                cut, _, above, ties, found = _search(
                     row, vocab, few, low, _key(highest), over_low, target, highest, scale, True, CHUNK, FEW
                 )
                 keep = ties
@@ -299,7 +320,10 @@ def cut_pass(
             room = tl.ceil((target - above) / tl.exp2((cut - highest) * scale))
             keep = tl.maximum(tl.minimum(room, keep * 1.0).to(tl.int32), 1)
         if keep < ties:
-            last = _last_tie(row, vocab, cut, keep, CHUNK)
+            if found > 0:
+                last = _last_tie_of_few(row, few, found, cut, keep, FEW)
+            else:
+                last = _last_tie(row, vocab, cut, keep, CHUNK)
         if min_p > 0.0:
             least = tl.minimum(highest + tl.log2(min_p) / scale, highest)
             if least > cut:
@@ -314,7 +338,7 @@ def find_cuts(logits: torch.Tensor, sampling: DeviceSampling) -> tuple[torch.Ten
     tiles = triton.cdiv(vocab, SURVEY_TILE)
     highs, lows, sums = torch.empty(3, rows, tiles, dtype=torch.float32, device=logits.device).unbind()
     counts = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
-    few = torch.empty(rows, FEW, dtype=torch.float32, device=logits.device)
+    few = torch.empty(rows, FEW, dtype=torch.int32, device=logits.device)
     cuts = torch.empty(rows, dtype=torch.float32, device=logits.device)
     last_ties = torch.empty(rows, dtype=torch.int32, device=logits.device)
     limits = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p

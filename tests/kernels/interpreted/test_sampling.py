@@ -68,10 +68,10 @@ def test_greedy_and_warm_rows_of_one_batch(vocab: int, dtype: torch.dtype) -> No
 
 
 def test_draws_of_one_distribution_are_those_of_the_reference() -> None:
-    """A hundred here, where a draw takes a tenth of a second; ten thousand on the GPU."""
-    tokens, expected = both(random_logits(1, 1000).expand(100, -1), device_sampling(100, temperature=[1.0, 0.3, 2.0]))
+    """Few here, where a draw takes some 50 ms; ten thousand on the GPU."""
+    tokens, expected = both(random_logits(1, 1000).expand(60, -1), device_sampling(60, temperature=[1.0, 0.3, 2.0]))
     assert tokens == expected
-    assert len(set(tokens)) > 20
+    assert len(set(tokens)) > 15
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -153,9 +153,9 @@ def test_cuts_leave_what_the_reference_leaves(
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_restricted_rows_draw_as_the_reference_does(limits: dict[str, Any]) -> None:
-    logits = random_logits(15, 1000, 4)
+    logits = random_logits(10, 1000, 4)
     logits[3, 7:] = float("-inf")
-    sampling = device_sampling(15, temperature=[*TEMPERATURES, 0.0, 1.0], **limits)
+    sampling = device_sampling(10, temperature=[*TEMPERATURES, 0.0, 1.0], **limits)
     tokens, expected = both(logits, sampling, restricted=True)
     assert tokens == expected
 
