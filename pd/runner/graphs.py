@@ -54,8 +54,8 @@ def graph_sizes(largest: int) -> list[int]:
 class Outcome:
     """What a step's kernels leave for those of its rows that sample, before anything but the device knows it.
 
-    `logits` [S, V]; `slots`, `lengths` int32[S] as `gather_sampling` takes them; `tokens` int32[S] of a graph, which has
-    sampled and stored them as if no row asked for more than a temperature; `hidden` [T, H] of all tokens.
+    `logits` [S, V]; `slots`, `lengths` int32[S] as `gather_sampling` takes them; `tokens` int32[S] of a graph, which
+    has sampled and stored them as if no row asked for more than a temperature; `hidden` [T, H] of all tokens.
     """
 
     logits: torch.Tensor

@@ -182,7 +182,10 @@ class Profiler:
     def _begin(self, session: _Session, stage: str) -> None:
         wish = session.wish
         record = torch.profiler.profile(
-            activities=session.activities, with_stack=wish.with_stack, record_shapes=wish.record_shapes
+            activities=session.activities,
+            with_stack=wish.with_stack,
+            record_shapes=wish.record_shapes,
+            acc_events=True,  # torch 2.11 warns without it, though there is one cycle only
         )
         try:
             record.start()

@@ -70,4 +70,5 @@ def test_bias_and_masks_are_the_references(dtype: torch.dtype) -> None:
     shaping.forbid_rows(shaped, rows.to(DEVICE), mask.to(DEVICE))
     shaping.add_bias_rows(logits, row, token, value)
     shaping.forbid_rows(logits, rows, mask)
-    assert torch.allclose(shaped.cpu(), logits, rtol=1e-2 if dtype == torch.bfloat16 else 0, atol=0)
+    # A sum of two numbers of about the same size keeps the error of the larger.
+    assert torch.allclose(shaped.cpu(), logits, rtol=0, atol=2**-6 if dtype == torch.bfloat16 else 0)
