@@ -67,9 +67,10 @@ class Device(Protocol):
 
 def open_device(config: RunnerConfig) -> Device:
     """Raises ConfigError when it is not there."""
-    if config.model.device == "cpu":
+    there = torch.cuda.is_available()
+    if config.model.device == "cpu" or (config.model.device == "auto" and not there):
         return Cpu(config)
-    if not torch.cuda.is_available():
+    if not there:
         raise ConfigError(
             "--device", "cuda: torch finds no GPU here", "use --device cpu, or install a build of torch with CUDA"
         )
