@@ -22,8 +22,8 @@ FRESH_LENGTHS = (1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 819
 FRESH_SHARE = 0.85
 
 
-class DecodeSplit(NamedTuple):
-    """A row's context is divided into at most `parts`, of at least `least` tokens each."""
+class Split(NamedTuple):
+    """A context is divided into at most `parts`, of at least `least` tokens each."""
 
     parts: int
     least: int
@@ -33,21 +33,26 @@ class DecodeSplit(NamedTuple):
 #: five programs at once, and nearly four with enough to read saturate memory. So rows of some 1,000 tokens make about
 #: four programs each, and longer ones more, so that one of them does not run on alone when the others are done.
 SPLITS = (
-    (0.07, DecodeSplit(64, 64)),
-    (0.13, DecodeSplit(32, 64)),
-    (0.25, DecodeSplit(24, 64)),
-    (0.5, DecodeSplit(16, 128)),
-    (1.0, DecodeSplit(16, 256)),
-    (2.0, DecodeSplit(8, 512)),
-    (4.0, DecodeSplit(8, 1024)),
-    (float("inf"), DecodeSplit(8, 2048)),
+    (0.07, Split(64, 64)),
+    (0.13, Split(32, 64)),
+    (0.25, Split(24, 64)),
+    (0.5, Split(16, 128)),
+    (1.0, Split(16, 256)),
+    (2.0, Split(8, 512)),
+    (4.0, Split(8, 1024)),
+    (float("inf"), Split(8, 2048)),
 )
 
 
-def decode_split(rows: int, kv_heads: int, processors: int) -> DecodeSplit:
+def decode_split(rows: int, kv_heads: int, processors: int) -> Split:
     """By what is known when a graph is captured: lengths are not, so each program finds its own share."""
     each = rows * kv_heads / processors
     return next(split for most, split in SPLITS if each <= most)
+
+
+def prompt_split(tiles: int, kv_heads: int, processors: int) -> Split:
+    """Few tiles behind a long prefix leave processors without work unless its keys are divided too."""
+    return Split(max(1, min(16, 2 * processors // (tiles * kv_heads))), 512)
 
 
 def fresh_length(prompt: PromptRow) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pd.kernels.attention import DeviceBatch, LayerKv
-from pd.kernels.attention_plan import DecodeSplit, decode_split
+from pd.kernels.attention_plan import Split, decode_split
 
 #: Parts that are combined at a time.
 CHUNK = 8
@@ -71,18 +71,26 @@ def kv_tile(cache, ids, tokens, seen, block_stride, token_stride, PAGE: tl.const
 
 
 @triton.jit
-def part_steps(length, split, splits, least, STEP: tl.constexpr, WINDOW: tl.constexpr):
-    """A row's share for one of `splits` programs, in steps: (first, end, parts that have any: 0 for an empty row).
+def part_steps(low, end, split, splits, least, STEP: tl.constexpr):
+    """The share of one of `splits` programs in the tokens from `low` to `end`, in steps: (first, end, parts).
 
-    The row is divided evenly into as many parts as have `least` steps each, or `splits` if that is fewer.
+    They are divided evenly into as many parts as have `least` steps each, or `splits` if that is fewer; none if there
+    are no tokens.
     """
-    first = 0
-    if WINDOW:
-        first = tl.maximum(length - WINDOW, 0) // STEP
-    steps = tl.cdiv(length, STEP) - first
+    first = low // STEP
+    steps = tl.maximum(tl.cdiv(end, STEP) - first, 0)
     parts = tl.minimum(tl.cdiv(steps, least), splits)
     divisor = tl.maximum(parts, 1)
     return first + split * steps // divisor, first + (split + 1) * steps // divisor, parts
+
+
+@triton.jit
+def first_seen(length, WINDOW: tl.constexpr):
+    """The first of `length` tokens that the last one sees."""
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - WINDOW, 0)
+    return low
 
 
 @triton.jit
@@ -161,7 +169,8 @@ def decode_part(
     WIDTH: tl.constexpr = triton.next_power_of_2(DIM)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
-    begin, end, parts = part_steps(length, split, tl.num_programs(2), least, STEP, WINDOW)
+    low = first_seen(length, WINDOW)
+    begin, end, parts = part_steps(low, length, split, tl.num_programs(2), least, STEP)
     if split >= tl.maximum(parts, 1):
         return
     members, dims = tl.arange(0, HEADS), tl.arange(0, WIDTH)
@@ -178,7 +187,7 @@ def decode_part(
         tokens = step * STEP + tl.arange(0, STEP)
         seen = tokens < length
         if WINDOW:
-            seen &= tokens >= length - WINDOW
+            seen &= tokens >= low
         ids = kv_blocks(table, tokens, seen, PAGE)
         keys = kv_tile(k, ids, tokens, seen, block_stride, token_stride, PAGE, DIM)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
@@ -222,7 +231,8 @@ def combine_parts(
 ):
     """Program (row, kv head): puts together what `decode_part` left, without arrivals."""
     row = tl.program_id(0)
-    _, _, parts = part_steps(tl.load(lengths + row), 0, splits, least, STEP, WINDOW)
+    length = tl.load(lengths + row)
+    _, _, parts = part_steps(first_seen(length, WINDOW), length, 0, splits, least, STEP)
     if parts > 1:
         place = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         combine(out, partial, scales, place, parts, splits, GROUP, DIM, CHUNK)
@@ -246,7 +256,7 @@ def decode_attention(
     out: torch.Tensor,
     scale: float,
     window: int,
-    split: DecodeSplit | None = None,
+    split: Split | None = None,
     config: DecodeConfig | None = None,
 ) -> None:
     """Attention of the batch's decode rows, q [T, Hq, D] to out [T, Hq * D], on the current stream of their device.

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pd.kernels.attention import DeviceBatch, Heads, LayerKv, PromptRow  # noqa: E402
-from pd.kernels.attention_plan import DecodeSplit, decode_split, prompt_tiles  # noqa: E402
+from pd.kernels.attention_plan import Split, decode_split, prompt_tiles  # noqa: E402
 from pd.kernels.attention_prefill_triton import PromptConfig, prompt_attention, prompt_config  # noqa: E402
 from pd.kernels.attention_triton import DecodeConfig, decode_attention, processors  # noqa: E402
 from pd.kernels.spans import as_words  # noqa: E402
@@ -138,7 +138,7 @@ class Bench:
     def decode(
         self,
         lengths: Sequence[int],
-        split: DecodeSplit | None = None,
+        split: Split | None = None,
         config: DecodeConfig | None = None,
         arrivals: bool = True,
     ) -> str:
@@ -170,13 +170,13 @@ def decode_table(bench: Bench) -> None:
     for rows in ROWS:
         lengths = [1024] * rows
         cells = [bench.decode(lengths), bench.decode(lengths, arrivals=False)]
-        cells += [bench.decode(lengths, DecodeSplit(most, 64)) for most in parts]
+        cells += [bench.decode(lengths, Split(most, 64)) for most in parts]
         print(f"{rows:4d} | {' | '.join(cells)}  (table: {decode_split(rows, KV_HEADS, bench.processors)})", flush=True)
     print("lengths from 128 to 4,096")
     for rows in (8, 64, 256):
         lengths = bench.mixed(rows)
         cells = [bench.decode(lengths), bench.decode(lengths, arrivals=False)]
-        cells += [bench.decode(lengths, DecodeSplit(most, 64)) for most in parts]
+        cells += [bench.decode(lengths, Split(most, 64)) for most in parts]
         print(f"{rows:4d} | {' | '.join(cells)}", flush=True)
 
 
@@ -203,13 +203,13 @@ def tflops(count: int, context: int, seconds: float) -> str:
     return f"{seconds * 1e6:7.0f} {4 * DIM * QUERY_HEADS * pairs / seconds / 1e12:4.0f}"
 
 
-def paged_cells(bench: Bench, count: int, context: int) -> list[str]:
+def paged_cells(bench: Bench, count: int, context: int, split: Split | None = None) -> list[str]:
     heads, batch = bench.heads(count), bench.batch([context], (PromptRow(0, count, context),))
     out = torch.empty(count, QUERY_HEADS * DIM, dtype=torch.bfloat16, device=bench.device)
     cells = []
     assert batch.tiles is not None
     for config in PROMPT_CONFIGS:
-        run = partial(prompt_attention, heads.q, bench.kv(0), batch, out, SCALE, 0, batch.tiles, config)
+        run = partial(prompt_attention, heads.q, bench.kv(0), batch, out, SCALE, 0, batch.tiles, config, split)
         cells.append(tflops(count, context, device_seconds(run)))
     return cells
 
@@ -242,10 +242,11 @@ def prefill(bench: Bench) -> None:
 
 
 def chunks(bench: Bench) -> None:
-    print("\nprompts behind a prefix of 8,192 tokens: us a layer, TFLOP/s")
-    print("tokens | " + " | ".join(f"{name(config):>12}" for config in PROMPT_CONFIGS))
+    print("\nprompts behind a prefix of 8,192 tokens: us a layer, TFLOP/s; then with keys that are not divided")
+    print("tokens | " + " | ".join(f"{name(config):>12}" for config in PROMPT_CONFIGS * 2))
     for count in (32, 128, 512, 2048, 8192):
-        print(f"{count:6d} | {' | '.join(paged_cells(bench, count, count + 8192))}", flush=True)
+        cells = paged_cells(bench, count, count + 8192) + paged_cells(bench, count, count + 8192, Split(1, 1))
+        print(f"{count:6d} | {' | '.join(cells)}", flush=True)
 
 
 PARTS = {"decode": decode_table, "configs": decode_configs, "long": decode_long, "prefill": prefill, "chunks": chunks}

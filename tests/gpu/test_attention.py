@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pd.kernels.attention import LayerKv, paged_attention
-from pd.kernels.attention_plan import DecodeSplit
+from pd.kernels.attention_plan import Split
 from pd.kernels.attention_triton import decode_attention
 from pd.kernels.reference import paged_attention_device
 from tests.kernels.attention_kit import Case, attention_case
@@ -46,7 +46,7 @@ def test_decode_is_the_same_in_any_number_of_parts(page: int, parts: int, arriva
     heads, kv, batch = case
     out = torch.full_like(heads.q, float("nan"), memory_format=torch.contiguous_format).flatten(1)
     for _ in range(3):  # what is counted on the device is ready for the next launch
-        decode_attention(heads.q, kv, batch, out, SCALE, 0, DecodeSplit(parts, 64))
+        decode_attention(heads.q, kv, batch, out, SCALE, 0, Split(parts, 64))
         check(case, out)
         assert not out[batch.lengths == 0].any()
 

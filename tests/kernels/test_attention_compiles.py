@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import torch
 
 from pd.kernels.attention_plan import tile_tokens
-from pd.kernels.attention_prefill_triton import prompt_config, prompt_tile
+from pd.kernels.attention_prefill_triton import SLICE, combine_tile, prompt_config, prompt_tile
 from pd.kernels.attention_triton import CHUNK, combine_parts, decode_config, decode_part
 from tests.kernels.aot import Compiled, compile_sm90
 
@@ -70,25 +70,29 @@ def test_the_combination_fits() -> None:
     compile_sm90(combine_parts, signature | {"splits": "i32", "least": "i32"}, shape).check()
 
 
-def compile_prompt(dtype: str = "bf16", head_dim: int = 128, **constants: int) -> Compiled:
+def compile_prompt(
+    dtype: str = "bf16", head_dim: int = 128, absent: tuple[str, ...] = ("partial", "scales"), **constants: int
+) -> Compiled:
     config = prompt_config(DTYPES[dtype], head_dim)
     signature = (
         dict.fromkeys(TENSORS, f"*{dtype}:16")
         | STRIDES
         | dict.fromkeys(("tables", "lengths", "starts", "tiles"), "*i32")
-        | {"table_stride": "i32", "decode": "i32", "scale": "fp32"}
+        | {"partial": "*fp32:16", "scales": "*fp32:16"}
+        | {"table_stride": "i32", "decode": "i32", "scale": "fp32", "least": "i32"}
     )
     group = constants.get("GROUP", 4)
     shape = {"GROUP": group, "DIM": head_dim, "PAGE": 32, "WINDOW": 0}
     tiles = {"TILE": tile_tokens(group), "ROWS": config.rows, "STEP": config.step}
     precision = {"PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    return compile_sm90(prompt_tile, signature, shape | tiles | precision | constants, config.warps, config.stages)
+    given = shape | tiles | precision | constants | dict.fromkeys(absent)
+    return compile_sm90(prompt_tile, signature, given, config.warps, config.stages)
 
 
 @pytest.mark.parametrize("window", [0, 4096])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_prompts_use_the_tensor_cores_of_warp_groups(head_dim: int, window: int) -> None:
-    compiled = compile_prompt(head_dim=head_dim, WINDOW=window)
+@pytest.mark.parametrize(("head_dim", "absent"), [(64, ("partial", "scales")), (128, ("partial", "scales")), (128, ())])
+def test_prompts_use_the_tensor_cores_of_warp_groups(head_dim: int, absent: tuple[str, ...], window: int) -> None:
+    compiled = compile_prompt(head_dim=head_dim, absent=absent, WINDOW=window)
     compiled.check()
     assert compiled.count("HGMMA") > 0 and compiled.count("HMMA") == 0
     assert compiled.count("LDGSTS.E.BYPASS.LTC128B.128") + compiled.count("LDGSTS.E.BYPASS.128") >= head_dim // 8
@@ -101,3 +105,13 @@ def test_prompts_use_the_tensor_cores_of_warp_groups(head_dim: int, window: int)
 )
 def test_prompts_fit_for_other_models(variant: dict[str, int]) -> None:
     compile_prompt(**variant).check()  # type: ignore[arg-type]
+
+
+def test_the_combination_of_tiles_fits() -> None:
+    signature = dict.fromkeys(("partial", "scales"), "*fp32:16") | {"out": "*bf16:16"}
+    signature |= dict.fromkeys(("lengths", "starts", "tiles"), "*i32") | dict.fromkeys(
+        ("decode", "splits", "least"), "i32"
+    )
+    config = prompt_config(torch.bfloat16, 128)
+    shape = {"GROUP": 4, "DIM": 128, "TILE": 32, "ROWS": config.rows, "STEP": config.step, "WINDOW": 0, "SLICE": SLICE}
+    compile_sm90(combine_tile, signature, shape, config.warps).check()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from pd.kernels.attention import PromptRow
-from pd.kernels.attention_plan import SPLITS, DecodeSplit, decode_split, fresh_length, prompt_tiles
+from pd.kernels.attention_plan import SPLITS, Split, decode_split, fresh_length, prompt_split, prompt_tiles
 
 H200 = 132
 
@@ -15,16 +15,16 @@ H200 = 132
 @pytest.mark.parametrize(
     ("rows", "split"),
     [
-        (1, DecodeSplit(64, 64)),
-        (2, DecodeSplit(32, 64)),
-        (8, DecodeSplit(16, 128)),
-        (32, DecodeSplit(8, 512)),
-        (64, DecodeSplit(8, 1024)),
-        (256, DecodeSplit(8, 2048)),
-        (4096, DecodeSplit(8, 2048)),
+        (1, Split(64, 64)),
+        (2, Split(32, 64)),
+        (8, Split(16, 128)),
+        (32, Split(8, 512)),
+        (64, Split(8, 1024)),
+        (256, Split(8, 2048)),
+        (4096, Split(8, 2048)),
     ],
 )
-def test_contexts_are_divided_the_more_the_fewer_rows_there_are(rows: int, split: DecodeSplit) -> None:
+def test_contexts_are_divided_the_more_the_fewer_rows_there_are(rows: int, split: Split) -> None:
     assert decode_split(rows, 8, H200) == split
 
 
@@ -73,3 +73,8 @@ def test_tiles_cover_each_prompt_once_the_longest_first_and_those_for_cudnn_last
 
 def test_no_prompts_make_no_tiles() -> None:
     assert prompt_tiles([], 4).shape == (0, 2)
+
+
+@pytest.mark.parametrize(("tiles", "parts"), [(1, 16), (4, 8), (16, 2), (17, 1), (64, 1), (1000, 1)])
+def test_keys_are_divided_where_tiles_leave_processors_idle(tiles: int, parts: int) -> None:
+    assert prompt_split(tiles, 8, H200) == Split(parts, 512)

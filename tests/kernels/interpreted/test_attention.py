@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend
 
 from pd.kernels import attention_device, attention_plan
 from pd.kernels.attention import Heads, PromptRow
-from pd.kernels.attention_plan import DecodeSplit
+from pd.kernels.attention_plan import Split
 from pd.kernels.attention_prefill_triton import PromptConfig, prompt_attention
 from pd.kernels.attention_triton import DecodeConfig, decode_attention
 from pd.kernels.reference import paged_attention_device
@@ -19,7 +19,7 @@ CONTEXTS = [(1, context) for context in (1, 0, 16, 33, 64, 130, 0)]
 
 
 def check_decode(
-    window: int = 0, split: DecodeSplit | None = None, config: DecodeConfig | None = None, **case: object
+    window: int = 0, split: Split | None = None, config: DecodeConfig | None = None, **case: object
 ) -> None:
     heads, kv, batch = attention_case(CONTEXTS, **case)  # type: ignore[arg-type]
     out = torch.full((len(CONTEXTS), heads.q[0].numel()), float("nan"), dtype=heads.q.dtype)
@@ -31,9 +31,9 @@ def check_decode(
 
 
 @pytest.mark.parametrize("arrivals", [True, False], ids=["the last part combines", "a kernel combines"])
-@pytest.mark.parametrize("split", [DecodeSplit(*one) for one in ((1, 1), (2, 1), (5, 32), (12, 1))], ids=str)
+@pytest.mark.parametrize("split", [Split(*one) for one in ((1, 1), (2, 1), (5, 32), (12, 1))], ids=str)
 @pytest.mark.parametrize("window", [0, 20])
-def test_decode_rows_see_their_own_tokens_whatever_the_parts(window: int, split: DecodeSplit, arrivals: bool) -> None:
+def test_decode_rows_see_their_own_tokens_whatever_the_parts(window: int, split: Split, arrivals: bool) -> None:
     """More parts than a row has steps, and rows of one part beside rows of many."""
     check_decode(window, split, DecodeConfig(step=16), arrivals=arrivals)
 
@@ -41,27 +41,29 @@ def test_decode_rows_see_their_own_tokens_whatever_the_parts(window: int, split:
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_decode_reads_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
-    check_decode(split=DecodeSplit(2, 1), page=page, dtype=dtype)
+    check_decode(split=Split(2, 1), page=page, dtype=dtype)
 
 
 @pytest.mark.parametrize("window", [1, 64])
 def test_decode_windows_begin_anywhere(window: int) -> None:
-    check_decode(window, DecodeSplit(3, 1))
+    check_decode(window, Split(3, 1))
 
 
 @pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (7, 2, 48), (8, 1, 64), (20, 1, 64)])
 def test_decode_takes_any_number_of_heads(group: int, kv_heads: int, head_dim: int) -> None:
-    check_decode(split=DecodeSplit(3, 1), group=group, kv_heads=kv_heads, head_dim=head_dim)
+    check_decode(split=Split(3, 1), group=group, kv_heads=kv_heads, head_dim=head_dim)
 
 
 SPANS = [(1, 40), (1, 3), (1, 0), (5, 5), (2, 70), (70, 103), (41, 41)]  # decode rows, then prompts
 
 
-def check_prompts(window: int = 0, config: PromptConfig | None = None, **case: object) -> None:
+def check_prompts(
+    window: int = 0, config: PromptConfig | None = None, split: Split | None = None, **case: object
+) -> None:
     heads, kv, batch = attention_case(SPANS, **case)  # type: ignore[arg-type]
     assert batch.tiles is not None
     out = torch.full(heads.q.shape, float("nan"), dtype=heads.q.dtype).flatten(1)
-    prompt_attention(heads.q, kv, batch, out, 0.2, window, batch.tiles, config)
+    prompt_attention(heads.q, kv, batch, out, 0.2, window, batch.tiles, config, split)
     expected = paged_attention_device(heads, kv, batch, 0.2, window)
     torch.testing.assert_close(out[3:], expected[3:], atol=TOLERANCE[out.dtype], rtol=1e-5)
     assert out[:3].isnan().all(), "decode rows are not touched"
@@ -70,6 +72,12 @@ def check_prompts(window: int = 0, config: PromptConfig | None = None, **case: o
 @pytest.mark.parametrize(("window", "step"), [(0, 16), (0, 64), (1, 16), (20, 16), (64, 64)])
 def test_prompt_tokens_see_what_came_before_them(window: int, step: int) -> None:
     check_prompts(window, PromptConfig(rows=64, step=step))
+
+
+@pytest.mark.parametrize("split", [Split(2, 32), Split(3, 16), Split(16, 1)], ids=str)
+@pytest.mark.parametrize("window", [0, 20])
+def test_the_keys_of_a_tile_may_be_divided(window: int, split: Split) -> None:
+    check_prompts(window, PromptConfig(rows=64, step=16), split)
 
 
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
