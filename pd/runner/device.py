@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from pd.abc import DeviceMemory, TransferBackend
+from pd.config import STEP_TOKENS
 from pd.errors import ConfigError
 from pd.kernels.attention import Heads
 from pd.messages import Push, StepDone, StepOrder
@@ -36,8 +37,11 @@ PROGRESS_INTERVAL = 2.0
 #: Models with fewer bytes of weights compute faster on one thread than on several that wait for each other.
 SMALL_MODEL = 256 << 20
 
-#: Prompts of the first steps: one per way through a GPU's attention, and the longest that one step takes.
-WARM_PROMPTS = (4, 1024, 8192)
+#: Prompts of the first steps and the tokens before them: one per way through a GPU's attention.
+WARM_PROMPTS = ((4, 0), (32, 2048), (1120, 0), (8192, 0))
+
+#: Tokens of a prompt that one step may take, by default.
+LONGEST_STEP = STEP_TOKENS["cuda"][0]
 
 Log = Callable[..., None]
 
@@ -174,8 +178,9 @@ class Gpu:
         )
         if not by_torch and info.dtype != "float32":
             _plan_attention(info, self._device)
-        for prompt in WARM_PROMPTS:
-            warm_up(worker, min(prompt, info.context_length - 2))
+        for prompt, prefix in WARM_PROMPTS:
+            if prefix + prompt < info.context_length:
+                warm_up(worker, prompt, prefix)
         log("kernels compiled", seconds=round(time.monotonic() - started, 2))
         graphs = None
         if not config.model.disable_cuda_graph and not by_torch:
@@ -199,7 +204,7 @@ class Gpu:
 @torch.inference_mode()
 def _plan_attention(info: ModelInfo, device: torch.device) -> None:
     """cuDNN makes a plan for each length of a prompt: now, and not while somebody waits."""
-    most = min(max(WARM_PROMPTS), info.context_length)
+    most = min(LONGEST_STEP, info.context_length)
     counts = info.num_heads, info.num_kv_heads, info.num_kv_heads
     fused = torch.zeros(most, sum(counts), info.head_dim, dtype=TORCH_DTYPES[info.dtype], device=device)
     from pd.kernels.attention_device import warm_fresh  # needs triton

@@ -21,11 +21,14 @@ class Steps(Protocol):
     def step(self, order: StepOrder) -> StepDone: ...
 
 
-def warm_up(worker: Steps, prompt: int) -> None:
-    """Prompts of `prompt` tokens, a token after each, then all of them at once. Touches the scratch block only."""
+def warm_up(worker: Steps, prompt: int, prefix: int = 0) -> None:
+    """Prompts of `prompt` tokens behind `prefix` computed ones, a token after each, then all of them at once.
+
+    Touches the scratch block only.
+    """
     keys = list(range(-len(_SAMPLINGS), 0))
     admits = [
-        Admit(key, 0, np.zeros(prompt, dtype=np.int32).tobytes(), prompt, 0, b"", sampling)
+        Admit(key, 0, np.zeros(prefix + prompt, dtype=np.int32).tobytes(), prefix + prompt, prefix, b"", sampling)
         for key, sampling in zip(keys, _SAMPLINGS, strict=True)
     ]
     for admit in admits:

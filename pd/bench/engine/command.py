@@ -17,7 +17,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from pd.bench.engine import cases
+from pd.bench.engine import cases, http
 from pd.bench.engine.client import EngineClient
 from pd.bench.engine.shapes import SHAPES, make_model
 from pd.bench.engine.traces import Shares
@@ -33,7 +33,7 @@ PROFILED_BATCH, PROFILED_STEPS, SHOWN_KERNELS = 64, 200, 16
 #: Seconds that measuring the GPU's own rates may take.
 FLOORS_TIMEOUT = 300.0
 
-WHAT = ("decode", "prefill", "ttft", "throughput", "profile")
+WHAT = ("decode", "prefill", "ttft", "throughput", "profile", "http")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +65,7 @@ class Figures:
     prefill_tok_s: dict[str, float] = field(default_factory=dict)
     ttft_ms: dict[str, float] = field(default_factory=dict)
     throughput_out_tok_s: float | None = None
+    http_out_tok_s: float | None = None
     idle_share: float | None = None
     #: By what was profiled: [kernel, ms a step, launches a step].
     kernels: dict[str, list[tuple[str, float, float]]] = field(default_factory=dict)
@@ -98,6 +99,9 @@ def run(namespace: argparse.Namespace) -> int:
         shape = dense_config(model, read_json(model, "config.json"))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_measure(config, shape, namespace, only, figures))
+        if "http" in only:
+            figures.http_out_tok_s = http.throughput(model, http_options(config), Path(folder))
+            say(f"through HTTP: {figures.http_out_tok_s:.0f} out tok/s")
     if namespace.json:
         namespace.json.write_text(json.dumps(vars(figures), indent=1))
     console = Console(width=120)
@@ -110,6 +114,16 @@ def run(namespace: argparse.Namespace) -> int:
             found.add_row(name, f"{ms:.3f}", f"{count:.1f}")
         console.print(found)
     return 0
+
+
+def http_options(config: ServeConfig) -> list[str]:
+    """Flags of `pd up` that make its instance the one that was measured."""
+    model = config.model
+    flags = ["--load-format", model.load_format, "--device", "cuda", "--base-gpu-id", str(model.base_gpu_id)]
+    flags += ["--attention-backend", model.attention_backend, "--disable-prefix-cache", "--log-level", "warning"]
+    flags += ["--disable-cuda-graph"] * model.disable_cuda_graph
+    limit = config.scheduler.max_prefill_tokens
+    return flags + (["--max-prefill-tokens", str(limit), "--chunked-prefill-size", str(limit)] if limit else [])
 
 
 def measure_floors(gpu: int) -> dict[str, Any]:
@@ -229,6 +243,10 @@ def table(figures: Figures) -> Table:
     if figures.throughput_out_tok_s:
         what = f"{cases.REQUESTS} x ({cases.INPUT} in, {cases.OUTPUT} out), out tok/s"
         found.add_row(what, f"{figures.throughput_out_tok_s:.0f}", "", "")
+    if figures.http_out_tok_s and figures.throughput_out_tok_s:
+        share = figures.http_out_tok_s / figures.throughput_out_tok_s
+        rate, limit = f"{figures.http_out_tok_s:.0f}", f"{figures.throughput_out_tok_s:.0f}"
+        found.add_row("the same through router and HTTP", rate, limit, f"{share:.2f}")
     if figures.idle_share is not None:
         found.add_row(f"GPU idle in {PROFILED_STEPS} steps of {PROFILED_BATCH}", f"{figures.idle_share:.1%}", "", "")
     found.add_row("start-up, s", f"{figures.start_s:.1f}", "", "")
