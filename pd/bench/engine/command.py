@@ -245,8 +245,8 @@ def table(figures: Figures) -> Table:
         found.add_row(what, f"{figures.throughput_out_tok_s:.0f}", "", "")
     if figures.http_out_tok_s and figures.throughput_out_tok_s:
         share = figures.http_out_tok_s / figures.throughput_out_tok_s
-        rate, limit = f"{figures.http_out_tok_s:.0f}", f"{figures.throughput_out_tok_s:.0f}"
-        found.add_row("the same through router and HTTP", rate, limit, f"{share:.2f}")
+        found_rate, engine = f"{figures.http_out_tok_s:.0f}", f"{figures.throughput_out_tok_s:.0f}"
+        found.add_row("the same through router and HTTP", found_rate, engine, f"{share:.2f}")
     if figures.idle_share is not None:
         found.add_row(f"GPU idle in {PROFILED_STEPS} steps of {PROFILED_BATCH}", f"{figures.idle_share:.1%}", "", "")
     found.add_row("start-up, s", f"{figures.start_s:.1f}", "", "")
