@@ -145,6 +145,7 @@ class Bench:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.stream = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)
+        torch.cuda.init()
         torch.manual_seed(1)
         self._weights: dict[str, torch.Tensor] = {}
         self._pool = torch.cuda.graph_pool_handle()
