@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pd.abc import BackendContext, Peer, Region, TransferBackend
+from pd.abc import BackendContext, Peer, Region, TransferBackend, host_region
 from pd.errors import PeerLost, TransferError
 
 CALL_TIMEOUT = 30.0
@@ -72,8 +72,7 @@ class Side:
         self.backend.open(identity)
         region = self.backend.allocate(nbytes, "cpu")
         if region is None:
-            raw = np.zeros(nbytes, dtype=np.uint8)
-            region = Region(0, int(raw.ctypes.data), nbytes, "cpu", raw.data, raw)
+            region = host_region(np.zeros(nbytes, dtype=np.uint8).data)
         self._region = replace(region, index=0, block_bytes=block_bytes)
         self.backend.register([self._region])
 

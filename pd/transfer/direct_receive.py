@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pd.abc import within
 from pd.errors import PdError, ProtocolError
-from pd.transfer.direct_ledger import Grant, Ledger, cut, within
+from pd.transfer.direct_ledger import Grant, Ledger, cut
 from pd.transfer.direct_shm import PeerMemory, Target, copy_chunks
 from pd.transfer.direct_tcp import Stream, StreamReceiver
 from pd.transfer.direct_wire import (

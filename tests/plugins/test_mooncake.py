@@ -17,7 +17,7 @@ from pd_transfer_mooncake import bare, plugin
 from pd_transfer_mooncake.engines import own_sockets
 from suite_kit import run_alone
 
-from pd.abc import BackendContext, transfer
+from pd.abc import BackendContext, hosts
 from pd.cli import main
 from pd.errors import BackendUnavailable, PeerLost
 from pd.plugins import load_plugins
@@ -199,7 +199,7 @@ def test_an_rdma_device_that_is_not_there_is_refused_instead_of_becoming_tcp(
 def test_a_protocol_that_cannot_be_had_is_refused(
     protocol: str, options: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "RDMA_DEVICES", Path("/nowhere"))
+    monkeypatch.setattr(hosts, "RDMA_DEVICES", Path("/nowhere"))
     monkeypatch.setenv(plugin.PROTOCOL, protocol)
     with pytest.raises(BackendUnavailable, match=said):
         make(**options)
@@ -209,7 +209,7 @@ def test_a_protocol_that_cannot_be_had_is_refused(
 def mlx5_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An RDMA device that the kernel names."""
     (tmp_path / "mlx5_0").mkdir()
-    monkeypatch.setattr(transfer, "RDMA_DEVICES", tmp_path)
+    monkeypatch.setattr(hosts, "RDMA_DEVICES", tmp_path)
 
 
 @pytest.mark.usefixtures("mlx5_0")

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities
+from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities, host_region
 from pd.errors import PeerLost, TransferError
 
 TOKEN = 16  # random bytes at the start of a ledger: a process number may be used again, a token is not
@@ -78,8 +78,7 @@ class MemfdBackend:
         if device != "cpu":
             return None
         fd = _memfd("pool", b"", nbytes)
-        buffer = memoryview(mmap.mmap(fd, nbytes))
-        region = Region(0, np.frombuffer(buffer, np.uint8).ctypes.data, nbytes, device, buffer, buffer.obj)
+        region = host_region(memoryview(mmap.mmap(fd, nbytes)))
         self._files[region.address] = fd
         return region
 
