@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pd_transfer_ascend import plugin
 from pd_transfer_ascend.backend import ALIGNMENT, AscendBackend
-from suite_kit import run_alone
+from suite_kit import SHORT, in_short, run_alone
 
 from pd.abc import BackendContext, Region
 from pd.cli import main
@@ -70,23 +70,18 @@ class TestAscend(TransferConformance):
             self.bounded("connect", lambda: self.here.connect(descriptor))
 
 
-SHORT = (
-    "test_scattered_writes_of_all_sizes_arrive_whole_and_nothing_else_changes",
-    "test_another_process_writes_here",
-    "test_threads_may_post_to_different_peers_at_the_same_time",
-    "test_an_address_outside_a_region_is_refused_and_touches_nothing",
-    "test_a_damaged_descriptor_is_refused_and_a_good_one_still_works",
-    "test_a_peer_without_the_secret_is_refused",
-    "test_after_reset_no_reused_source_byte_reaches_a_frozen_receiver",
-    "test_a_receiver_killed_in_the_middle_is_noticed_quickly",
-    "test_a_dead_sender_can_be_expelled",
-    "test_expelling_a_living_sender_is_quiet_once_that_has_closed",
+@in_short(
+    {
+        TestAscend: (
+            *SHORT,
+            "test_another_process_writes_here",
+            "test_threads_may_post_to_different_peers_at_the_same_time",
+            "test_expelling_a_living_sender_is_quiet_once_that_has_closed",
+        )
+    }
 )
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_in_short(name: str) -> None:
-    run_alone(TestAscend, name)
+def test_in_short(kind: type[TestAscend], name: str) -> None:
+    run_alone(kind, name)
 
 
 def backend(protocol: str = "sdma", **context: Any) -> AscendBackend:
@@ -224,8 +219,3 @@ def test_over_mooncake_it_is_the_mooncake_backend_or_says_what_is_missing(monkey
     monkeypatch.setitem(sys.modules, "pd_transfer_mooncake", None)
     with pytest.raises(BackendUnavailable, match="pd_transfer_mooncake, pip install pd-transfer-mooncake, or unset"):
         plugin.make_ascend(BackendContext("127.0.0.1", "cpu", HostMemory()))
-
-
-def test_the_package_is_small() -> None:
-    sources = [path.read_text() for path in Path(plugin.__file__).parent.glob("*.py")]
-    assert sum(len(source.splitlines()) for source in sources) <= 600
