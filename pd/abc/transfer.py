@@ -192,7 +192,8 @@ class TransferBackend(Protocol):
         nothing read later is reported landed, nor written outside incoming or quarantined blocks).
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Sender: as after `reset_peer` of every peer. Receiver: peers that would write here learn that it has gone."""
 
 
 class BackendDefaults:

@@ -67,20 +67,28 @@ class Side:
         self._peers: dict[str, Peer] = {}
         self._tickets: list[Any] = []
         self._region: Region | None = None
+        self._others: list[Region] = []
 
-    def open(self, identity: str, nbytes: int, block_bytes: int = 0) -> None:
+    def open(self, identity: str, nbytes: int, block_bytes: int = 0, regions: int = 1) -> None:
+        """Register so many regions of `nbytes`. Of all but the first only `contents` and `checksum` know."""
         self.backend.open(identity)
-        region = self.backend.allocate(nbytes, "cpu")
-        if region is None:
-            region = host_region(np.zeros(nbytes, dtype=np.uint8).data)
-        self._region = replace(region, index=0, block_bytes=block_bytes)
-        self.backend.register([self._region])
+        made = [self.backend.allocate(nbytes, "cpu") for _ in range(regions)]
+        self._region, *self._others = (
+            replace(region or host_region(np.zeros(nbytes, dtype=np.uint8).data), index=i, block_bytes=block_bytes)
+            for i, region in enumerate(made)
+        )
+        self.backend.register([self._region, *self._others])
 
     @property
     def memory(self) -> np.ndarray:
-        """The region as uint8[nbytes]."""
-        assert self._region is not None
-        return np.frombuffer(self._region.buffer, dtype=np.uint8)  # type: ignore[arg-type]
+        """The first region as uint8[nbytes]."""
+        return self.contents(0)
+
+    def contents(self, region: int) -> np.ndarray:
+        """A region as uint8[nbytes]."""
+        one = self._others[region - 1] if region else self._region
+        assert one is not None
+        return np.frombuffer(one.buffer, dtype=np.uint8)  # type: ignore[arg-type]
 
     def descriptor(self) -> str:
         return self.backend.descriptor().hex()
@@ -98,8 +106,12 @@ class Side:
         """Random bytes all over, the same for the same seed and size."""
         self.memory[:] = pattern(seed, self.memory.size)
 
-    def checksum(self) -> str:
-        return checksum(self.memory)
+    def checksum(self, region: int = 0) -> str:
+        return checksum(self.contents(region))
+
+    def checksums(self, spans: Sequence[Sequence[int]]) -> list[str]:
+        """Of [offset, length] each."""
+        return [checksum(self.memory[offset : offset + length]) for offset, length in spans]
 
     def count(self, value: int) -> int:
         """How many bytes have this value."""
@@ -127,10 +139,10 @@ class Side:
 
     # --- receiver ---
 
-    def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str) -> None:
+    def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str, region: int = 0) -> None:
         """`ranges` [offset, length]; nothing to do for a backend that does not revoke single hand-offs."""
         if self.capabilities.revocable:
-            spans = np.zeros((len(ranges), 5), dtype=np.uint64)
+            spans = np.full((len(ranges), 5), region, dtype=np.uint64)
             spans[:, 1] = spans[:, 3] = [offset for offset, _ in ranges]
             spans[:, 4] = [length for _, length in ranges]
             self.backend.grant(tag, spans, sender)
