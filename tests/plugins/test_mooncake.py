@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from pd_transfer_mooncake import bare, plugin
 from pd_transfer_mooncake.engines import own_sockets
-from suite_kit import SHORT, in_short, run_alone
+from suite_kit import SHORT, EndsEngines, LosesWhoHangs, in_short, run_alone
 
-from pd.abc import BackendContext, hosts
+from pd.abc import BackendContext, Region, hosts
 from pd.cli import main
-from pd.errors import BackendUnavailable, PeerLost
+from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.plugins import load_plugins
 from pd.rules import builtin_model
-from pd.testing import NO_DIGESTS, NOT_REVOCABLE, TransferConformance
+from pd.testing import NO_DIGESTS, NOT_REVOCABLE
 from pd.testing.transfer_harness import BLOCK
 from pd.testing.transfer_peer import HostMemory, Side
 
@@ -29,10 +29,11 @@ FACTORY = "pd_transfer_mooncake.plugin:make_mooncake"
 
 
 @pytest.mark.slow
-class TestMooncake(TransferConformance):
+class TestMooncake(LosesWhoHangs, EndsEngines):
     """The package's README explains the exceptions, and that Mooncake binds its listeners to every interface."""
 
     factory = FACTORY
+    engine = "engine"
     exceptions = dict.fromkeys((*NOT_REVOCABLE, *NO_DIGESTS), "the engine knows neither hand-offs nor digests")
     secret = "cluster secret"
     authenticates = True
@@ -77,18 +78,38 @@ class TestMooncake(TransferConformance):
         thread.join()
         assert longest[0] < 0.5  # Mooncake's own is up to a second
 
-    def test_a_receiver_that_hangs_when_it_is_connected_to_is_lost_in_time(self) -> None:
-        remote = self.remote("there")
-        descriptor = remote.call("descriptor")
-        remote.freeze()
-        with pytest.raises(PeerLost):
-            self.bounded("connect", lambda: self.here.connect(descriptor))
-
     def test_both_sides_must_move_kv_by_the_same_protocol(self) -> None:
         remote = self.remote("there")
         self.here.backend._protocol = "rdma"  # type: ignore[attr-defined]
         with pytest.raises(PeerLost, match="by tcp, not rdma"):
             self.connect(remote)
+
+    def test_a_post_is_applied_when_each_of_its_writes_is_and_lost_when_one_fails(self) -> None:
+        remote = self.connected("there")
+        peer: Any = self.here._peers["there"]
+        peer.engine = engine = Scripted()
+        rows = self.rows([(0, 0), (2, 1), (4, 2)])
+        ticket = self.here.post(remote.identity, rows, 1)
+        for engine.says, applied in (([0, 1, 1], False), ([1, 1, 0], False), ([1, 1, 1], True)):
+            assert self.here.poll(ticket) is applied
+        engine.says = [1, -1, 1]
+        ticket = self.here.post(remote.identity, rows, 1)
+        for _ in range(2):
+            with pytest.raises(PeerLost, match="a write failed"):
+                self.here.poll(ticket)
+        engine.takes = False
+        with pytest.raises(PeerLost, match="takes no write"):
+            self.here.post(remote.identity, rows, 1)
+
+    def test_to_a_peer_whose_connection_has_ended_nothing_is_written(self) -> None:
+        """Another process may have its ports by now."""
+        remote = self.connected("there")
+        peer: Any = self.here._peers["there"]
+        peer.engine = object()  # which is not asked
+        remote.kill()
+        self.until(lambda: peer.call.end)
+        with pytest.raises(PeerLost):
+            self.here.post(remote.identity, self.rows([(0, 0)]), 1)
 
     def test_the_bare_engine_that_the_benchmark_compares_with_moves_the_same_spans(self) -> None:
         other = self.local("other")
@@ -100,6 +121,23 @@ class TestMooncake(TransferConformance):
         close_sender()
         close_receiver()
         assert np.array_equal(other.memory, self.expected(rows))
+
+
+class Scripted:
+    """An engine that says of the n-th of three writes what stands there."""
+
+    takes = True
+
+    def __init__(self) -> None:
+        self.says: list[int] = []
+        self._taken = 0
+
+    def transfer_submit_write(self, session: str, source: int, target: int, length: int) -> int:
+        self._taken += 1
+        return self._taken if self.takes else 0
+
+    def transfer_check_status(self, write: int) -> int:
+        return self.says[(write - 1) % 3]
 
 
 @in_short(
@@ -195,6 +233,14 @@ def mlx5_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An RDMA device that the kernel names."""
     (tmp_path / "mlx5_0").mkdir()
     monkeypatch.setattr(hosts, "RDMA_DEVICES", tmp_path)
+
+
+def test_memory_that_its_protocol_does_not_move_is_refused() -> None:
+    backend = make()
+    backend.open("here")
+    with pytest.raises(TransferError, match="by tcp does not move memory of cuda:0"):
+        backend.register([Region(0, 1 << 20, 4096, "cuda:0")])
+    backend.close()
 
 
 @pytest.mark.usefixtures("mlx5_0")

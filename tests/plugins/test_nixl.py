@@ -8,7 +8,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,20 +18,22 @@ if not (find_spec("pd_transfer_nixl") and find_spec("nixl_cu12")):
     pytest.skip("needs pip install -e 'plugins/transfer_nixl[cpu]'", allow_module_level=True)
 
 from pd_transfer_nixl import vendor
-from pd_transfer_nixl.agents import rows
+from pd_transfer_nixl.agents import Link, Memory, rows
+from pd_transfer_nixl.agents import Nixl as Vendor
 from pd_transfer_nixl.plugin import make_nixl
-from suite_kit import SHORT, in_short, run_alone
+from suite_kit import SHORT, EndsEngines, in_short, run_alone
 
 from pd.abc import BackendContext, hosts
-from pd.errors import BackendUnavailable, PeerLost
+from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.plugins import load_plugins
-from pd.testing import NO_DIGESTS, NOT_REVOCABLE, ONE_THREAD, TransferConformance
+from pd.testing import NO_DIGESTS, NOT_REVOCABLE, ONE_THREAD
 from pd.testing.transfer_harness import BLOCK, MARK, REUSED
 from pd.testing.transfer_peer import HostMemory, RemoteSide, checksum
 
 
-class Nixl(TransferConformance):
+class Nixl(EndsEngines):
     factory = "pd_transfer_nixl.plugin:make_nixl"
+    engine = "agent"
     secret = "cluster secret"
     authenticates = True
     exceptions = dict.fromkeys(
@@ -157,6 +160,64 @@ def test_spans_that_cross_blocks_or_differ_are_no_rows() -> None:
     assert of((8, 8), (4104, 8)) is not None
 
 
+class Agent:
+    """Stands for NIXL's: every request is in the state that the test says."""
+
+    def __init__(self) -> None:
+        self.agent, self.state = Handle(), "PROC"
+
+    def add_remote_agent(self, metadata: bytes) -> bytes:
+        return b"there"
+
+    def prep_xfer_dlist(self, *what: Any) -> Handle:
+        return Handle()
+
+    def make_prepped_xfer(self, *what: Any) -> Handle:
+        return Handle()
+
+    def transfer(self, request: Any) -> str:
+        return self.state
+
+    def check_xfer_state(self, request: Any) -> str:
+        return self.state
+
+
+class Handle:
+    def release(self) -> None:
+        """Nothing is held."""
+
+
+def link_of(agent: Agent) -> Link:
+    call, memory = SimpleNamespace(end="", answered=True, words=b""), [Memory(0, 1 << 20, "DRAM", 0, 4096)]
+    bindings = SimpleNamespace(nixlRemoteDisconnectError=OSError, nixlBackendError=OSError)
+    nixl = Vendor(SimpleNamespace(nixlBind=bindings))  # type: ignore[arg-type]
+    return Link("there", call, nixl, agent, memory, memory)  # type: ignore[arg-type]
+
+
+def test_a_post_is_done_when_its_request_is_and_its_failure_stays() -> None:
+    agent = Agent()
+    link = link_of(agent)
+    spans = np.array([[0, 0, 0, 0, 4096]], np.uint64)
+    done, failed, reset = (link.post(spans) for _ in range(3))
+    assert not link.poll(done) and link.busy
+    agent.state = "DONE"
+    assert link.poll(done) and link.poll(done)
+    agent.state = "ERR"
+    for _ in range(2):
+        with pytest.raises(TransferError, match="a request failed"):
+            link.poll(failed)
+        agent.state = "DONE"
+    agent.state = "PROC"
+    assert not link.poll(reset)
+    del agent
+    link.stop()
+    for _ in range(2):
+        with pytest.raises(PeerLost, match="reset"):
+            link.poll(reset)
+    with pytest.raises(PeerLost, match="reset"):
+        link.post(spans)
+
+
 # --- what is not here ---
 
 
@@ -180,6 +241,14 @@ def test_without_the_library_pd_says_what_to_install(environ: pytest.MonkeyPatch
     environ.setitem(sys.modules, "nixl", None)
     with pytest.raises(BackendUnavailable, match=r"nixl unavailable: .*pd-transfer-nixl\[cpu\]"):
         make_nixl(context())
+
+
+def test_where_ucx_cannot_start_it_says_what_to_check(environ: pytest.MonkeyPatch) -> None:
+    environ.setenv("UCX_TLS", "sm")
+    backend = make_nixl(context())
+    with pytest.raises(BackendUnavailable, match="check UCX_TLS"):
+        backend.open("here")
+    backend.close()
 
 
 def test_one_thread_drives_it_so_that_the_flag_for_more_is_refused() -> None:
