@@ -85,7 +85,7 @@ class NixlBackend(ConnectedBackend[Link]):
         if self._door is None:
             return
         rested = next(self._turns) % REST == 0
-        for link in self.receivers:
+        for link in list(self.receivers):
             if rested or link.busy:
                 link.progress()
         for caller in self.door.callers():
