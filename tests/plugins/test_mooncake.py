@@ -7,15 +7,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from pd_transfer_mooncake import bare, plugin
+from pd_transfer_mooncake.backend import MooncakeBackend
 from pd_transfer_mooncake.engines import own_sockets
 from suite_kit import SHORT, EndsEngines, LosesWhoHangs, in_short, run_alone
 
-from pd.abc import BackendContext, Region, hosts
+from pd.abc import BackendContext, Call, Region, hosts
 from pd.cli import main
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.plugins import load_plugins
@@ -100,6 +101,20 @@ class TestMooncake(LosesWhoHangs, EndsEngines):
         engine.takes = False
         with pytest.raises(PeerLost, match="takes no write"):
             self.here.post(remote.identity, rows, 1)
+
+    def test_a_peer_whose_engine_does_not_answer_is_lost_and_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        remote, mine = self.remote("there"), cast(MooncakeBackend, self.here.backend)
+        dial, calls = mine.call, list[Call]()
+
+        def kept(*what: Any) -> Call:
+            calls.append(dial(*what))
+            return calls[-1]
+
+        monkeypatch.setattr(mine, "call", kept)
+        monkeypatch.setattr("pd_transfer_mooncake.backend.first_contact", lambda *what: False)
+        with pytest.raises(PeerLost, match=r"its engine at .* does not answer"):
+            self.here.connect(remote.call("descriptor"))
+        assert calls[0].end
 
     def test_to_a_peer_whose_connection_has_ended_nothing_is_written(self) -> None:
         """Another process may have its ports by now."""
