@@ -62,6 +62,12 @@ class TestAscend(LosesWhoHangs):
             remote.call("connect", self.here.descriptor())
         assert self.here.expel("nobody who ever came")
 
+    def test_a_write_that_the_library_refuses_loses_the_peer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        remote = self.connected("there")
+        monkeypatch.setattr(fake_memfabric.TransferEngine, "batch_transfer_sync_write", lambda *what: -1)
+        with pytest.raises(PeerLost, match="a write failed: -1"):
+            self.here.post(remote.identity, self.rows([(0, 0)]), 1)
+
 
 @in_short(
     {
