@@ -5,6 +5,7 @@ The whole suites are for `make test-all`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -55,18 +56,18 @@ class EndsEngines(TransferConformance):
 
     engine: ClassVar[str]
 
-    def test_the_receiver_is_told_of_a_reset_when_nothing_is_read_any_more(self) -> None:
+    def test_a_reset_destroys_the_engine_before_the_receiver_is_told(self) -> None:
         self.connected("there")
         peer: Any = self.here._peers["there"]
-        close, held = peer.call.close, []
+        engine, close, left = weakref.ref(getattr(peer, self.engine)), peer.call.close, []
 
         def told() -> None:
-            held.append(getattr(peer, self.engine))
+            left.append(engine())
             close()
 
         peer.call.close = told
         self.here.reset_peer("there")
-        assert held == [None]
+        assert left == [None]
 
     def test_a_sender_that_connects_again_ends_its_earlier_connection_and_no_other(self) -> None:
         remote = self.connected("there")
