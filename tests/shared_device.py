@@ -137,9 +137,8 @@ class DeviceSide(Side):
         assert isinstance(self.device, SharedDevice)
         return self.device.allocate(nbytes)
 
-    @property
-    def memory(self) -> np.ndarray:
-        return contents(self.region)
+    def contents(self, region: int) -> np.ndarray:
+        return contents(self.regions[region])
 
     def ways(self) -> dict[str, int]:
         """Connections of this sender by the way that their bytes go."""

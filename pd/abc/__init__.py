@@ -1,6 +1,8 @@
 """The public interfaces: all that a plugin implements."""
 
-from pd.abc.doors import Call, Caller, Door, reachable_address
+from pd.abc.connected import ConnectedBackend, Receiver
+from pd.abc.doors import Call, Caller, Door
+from pd.abc.hosts import interface_of, machine_id, missing_rdma_devices, reachable_address
 from pd.abc.policy import PolicyContext, RouteRequest, RoutingPolicy, WorkerView
 from pd.abc.transfer import (
     BackendContext,
@@ -19,7 +21,8 @@ from pd.abc.transfer import (
     TransferCapabilities,
     addresses,
     decode,
-    missing_rdma_devices,
+    host_region,
+    within,
 )
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "BackendInfo",
     "Call",
     "Caller",
+    "ConnectedBackend",
     "DeviceMemory",
     "Door",
     "MappedMemory",
@@ -35,6 +39,7 @@ __all__ = [
     "Peer",
     "PolicyContext",
     "Pull",
+    "Receiver",
     "Region",
     "RouteRequest",
     "RoutingPolicy",
@@ -46,6 +51,10 @@ __all__ = [
     "WorkerView",
     "addresses",
     "decode",
+    "host_region",
+    "interface_of",
+    "machine_id",
     "missing_rdma_devices",
     "reachable_address",
+    "within",
 ]

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from pd.abc.hosts import reachable_address
 from pd.abc.transfer import BackendContext
-from pd.errors import BackendUnavailable, PdError
+from pd.errors import BackendUnavailable, PdError, PeerLost
 
 #: Seconds for each message of a handshake, and its most bytes.
 HANDSHAKE_TIMEOUT, MAX_MESSAGE = 3.0, 1 << 20
@@ -34,8 +35,6 @@ NONCE = 16
 
 #: Seconds of silence until a probe, between probes, and how many: how a host that vanished is noticed.
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
-
-ANY_HOST = ("0.0.0.0", "::", "")
 
 #: What a handshake with somebody else, or with nobody, ends in: ValueError also for what is no text, RecursionError for
 #: what is nested without end.
@@ -66,19 +65,6 @@ class Introduction(msgspec.Struct, frozen=True, array_like=True):
 class Welcome(msgspec.Struct, frozen=True, array_like=True):
     words: bytes = b""
     refused: str = ""
-
-
-def reachable_address(host: str) -> str:
-    """An address for peers to dial: `host`, or for a wildcard the address from which packets leave this machine."""
-    if host not in ANY_HOST:
-        return host
-    six = host == "::"
-    with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("2001:db8::1" if six else "192.0.2.1", 9))  # sends nothing
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "::1" if six else "127.0.0.1"
 
 
 def _send(sock: socket.socket, message: Any) -> None:
@@ -138,6 +124,13 @@ class Call:
     def wait(self, timeout: float) -> bool:
         """Whether the handshake is over within `timeout` seconds, well or not: see `end`."""
         return self._over.wait(timeout)
+
+    def answer(self) -> bytes:
+        """What the receiver says, which is waited for. Raises PeerLost, after which the call is closed."""
+        if not self.wait(HANDSHAKE_TIMEOUT) or not self.answered:
+            self.close()
+            raise PeerLost(self._hello.receiver, self.end or "it does not answer")
+        return self.words
 
     @property
     def answered(self) -> bool:

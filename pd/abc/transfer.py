@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pd.abc.hosts import LOOPBACK
 from pd.errors import TransferError
 
 #: uint64[n, 5]: local region index, local offset, remote region index, remote offset, length in bytes.
@@ -27,10 +27,6 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 #: A number that a peer sends: an address, a length. It fits a column of Spans.
 Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-
-RDMA_DEVICES = Path("/sys/class/infiniband")
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,12 @@ class Region:
     owner: Any = field(default=None, repr=False, compare=False)
     block_bytes: int = 0
     first_word: int = 0
+
+
+def host_region(buffer: memoryview, owner: Any = None) -> Region:
+    """The host memory behind a writable buffer. `owner`: what keeps it alive, where the buffer does not."""
+    address = int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
+    return Region(0, address, buffer.nbytes, "cpu", buffer, owner)
 
 
 class Peer(Protocol):
@@ -236,7 +238,8 @@ class TransferBackend(Protocol):
         nothing read later is reported landed, nor written outside incoming or quarantined blocks).
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Sender: as after `reset_peer` of every peer. Receiver: peers that would write here learn that it has gone."""
 
 
 class BackendDefaults:
@@ -277,29 +280,23 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise TransferError(f"no {kind.__name__.lower()} of this backend: {error}") from error
 
 
-def addresses(index: U64, offset: U64, length: U64, regions: Sequence[tuple[int, int]], what: str) -> U64:
-    """Where spans begin, given each region's address and bytes; for columns of Spans.
+def within(index: U64, offset: U64, length: U64, sizes: U64) -> bool:
+    """Whether every span is non-empty and wholly in its region, given each region's bytes; for columns of Spans.
 
-    Raises TransferError for one that is empty or not wholly in its region, in arithmetic that cannot wrap around.
+    No sum that could wrap around.
     """
     if not len(index):
-        return offset
-    if int(index.max()) >= len(regions):
-        raise TransferError(f"no such {what} region")
-    start, size = np.array(regions, np.uint64).reshape(-1, 2)[index.astype(np.int64)].T
-    if not length.all() or np.any(length > size) or np.any(offset > size - length):
-        raise TransferError(f"a span outside a {what} region")
-    found: U64 = start + offset
+        return True
+    if int(index.max()) >= len(sizes):
+        return False
+    size = sizes[index.astype(np.int64)]
+    return bool(np.all((length > 0) & (length <= size) & (offset <= size - np.minimum(length, size))))
+
+
+def addresses(index: U64, offset: U64, length: U64, regions: Sequence[tuple[int, int]], what: str) -> U64:
+    """Where spans begin, given each region's address and bytes. Raises TransferError unless they are `within` those."""
+    table = np.array(regions, np.uint64).reshape(-1, 2)
+    if not within(index, offset, length, table[:, 1]):
+        raise TransferError(f"a span outside the {what} regions")
+    found: U64 = table[index.astype(np.int64), 0] + offset
     return found
-
-
-def missing_rdma_devices(names: str) -> str | None:
-    """What is wrong with a list of RDMA devices ("mlx5_0,mlx5_1:1"), or None if this machine has them all.
-
-    An empty list asks for any device.
-    """
-    here = sorted(path.name for path in RDMA_DEVICES.iterdir()) if RDMA_DEVICES.is_dir() else []
-    missing = [one.strip() for one in names.split(",") if one and one.partition(":")[0].strip() not in here]
-    if here and not missing:
-        return None
-    return f"no RDMA device {', '.join(missing)} on this machine (there: {', '.join(here) or 'none'})"

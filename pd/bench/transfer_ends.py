@@ -95,7 +95,8 @@ class BenchSide(Side):
     def open_pool(self, identity: str, nbytes: int, blocks: Sequence[int]) -> int:
         """Returns the descriptor number of the pool's memory, in this process; -1 where it has none."""
         self.backend.open(identity)
-        region = self._region = allocate(self.backend, nbytes, self.place)
+        region = allocate(self.backend, nbytes, self.place)
+        self.regions = [region]
         sizes = [0, *blocks] if self.capabilities.returns_digests else [0]
         shapes = [BlockShape(1, 1, 1, (size or min(blocks)) // 2, 1) for size in sizes]
         pools = [Pool(region, shape) for shape in shapes]
@@ -109,8 +110,7 @@ class BenchSide(Side):
 
     @property
     def pool(self) -> Region:
-        assert self._region is not None
-        return self._region
+        return self.region
 
     def close(self) -> None:
         self._bare_close()

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import DeviceMemory, Region, Spans, TransferBackend
+from pd.abc import DeviceMemory, Region, Spans, TransferBackend, host_region
 from pd.errors import ConfigError
 from pd.ipc.memory import SharedMemory
 from pd.runner.memory import HostMemory
@@ -56,8 +56,7 @@ def allocate(backend: TransferBackend, nbytes: int, device: str) -> Region:
     if device != "cpu":
         return allocate_on_gpu(nbytes, device)
     shared = SharedMemory.create("pd-bench", nbytes)
-    address = int(np.frombuffer(shared.buffer, dtype=np.uint8).ctypes.data)
-    return Region(0, address, nbytes, "cpu", shared.buffer, shared)
+    return host_region(shared.buffer, shared)
 
 
 def allocate_on_gpu(nbytes: int, device: str) -> Region:

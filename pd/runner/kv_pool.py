@@ -9,11 +9,10 @@ import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
-from pd.abc.transfer import Region
+from pd.abc.transfer import Region, host_region
 from pd.errors import ConfigError
 from pd.kernels.attention import LayerKv
 from pd.runner.cuda_memory import allocate_device_region, device_bytes
@@ -93,18 +92,15 @@ def allocate_region(
     """Memory of "cpu" or "cuda:N" for the pool: the backend's (`supply(nbytes, device)`), else our own, zeroed."""
     region = supply(nbytes, device) if supply is not None else None
     if region is None:
-        region = _host_region(nbytes) if device == "cpu" else allocate_device_region(nbytes, device)
+        region = (
+            host_region(memoryview(mmap.mmap(-1, nbytes)))
+            if device == "cpu"
+            else allocate_device_region(nbytes, device)
+        )
     usable = region.nbytes if region.buffer is None else region.buffer.nbytes
     if region.device != device or usable < nbytes or (device == "cpu" and region.buffer is None):
         raise ConfigError("--transfer", f"the backend's memory cannot hold a KV pool of {nbytes} bytes")
     return region
-
-
-def _host_region(nbytes: int) -> Region:
-    pages = mmap.mmap(-1, nbytes)
-    buffer = memoryview(pages)
-    address = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
-    return Region(index=0, address=address, nbytes=nbytes, device="cpu", buffer=buffer, owner=pages)
 
 
 class KvPool:

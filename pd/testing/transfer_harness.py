@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import unittest
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ class TransferHarness:
     #: An end of a transfer; its module, run as a program, calls `pd.testing.transfer_peer.main` with it.
     side: ClassVar[type[Side]] = Side
     options: ClassVar[Mapping[str, str]] = {}
+    #: Variables in the environment of both sides.
+    environment: ClassVar[Mapping[str, str]] = {}
     host: ClassVar[str] = "127.0.0.1"
     secret: ClassVar[str] = ""
     #: The receiver fetches: after reset_peer it may still read, but reports nothing and writes only what is granted.
@@ -60,29 +63,55 @@ class TransferHarness:
         self._sides: list[Side] = []
         if reason := self.exceptions.get(getattr(method, "__name__", "")):
             raise unittest.SkipTest(reason)
-        self.here = self.local("here")
+        self._before = {name: os.environ.get(name) for name in self.environment}
+        os.environ.update(self.environment)
+        try:
+            self.here = self.local("here")
+        except BaseException:
+            self.teardown_method(method)
+            raise
 
     def teardown_method(self, method: Any = None) -> None:
         for remote in self._remotes:
             remote.kill()
         for side in self._sides:
             side.close()
+        for name, value in self._before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
     # --- helpers, also for a backend's own tests ---
 
-    def local(self, identity: str) -> Side:
+    def local(self, identity: str, regions: int = 1) -> Side:
         side = self.side(self.factory, self.host, self.secret, self.options)
         self._sides.append(side)
-        side.open(identity, self.region, BLOCK)
+        side.open(identity, self.region, BLOCK, regions)
         return side
 
-    def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
+    def remote(self, identity: str, secret: str | None = None, regions: int = 1) -> RemoteSide:
         secret = self.secret if secret is None else secret
         remote = RemoteSide(self.factory, self.host, secret, self.options, module=self.side.__module__)
         self._remotes.append(remote)
         remote.identity = identity
-        remote.call("open", identity, self.region, BLOCK)
+        remote.call("open", identity, self.region, BLOCK, regions)
         return remote
+
+    def sender(self, identity: str) -> RemoteSide:
+        """A new peer process that is connected to this one, and whose memory is full of REUSED."""
+        remote = self.remote(identity)
+        remote.call("connect", self.here.descriptor())
+        remote.call("fill", REUSED)
+        return remote
+
+    def writes(self, sender: RemoteSide, block: int = 0, tag: int = 1) -> None:
+        """A sender's block gets here."""
+        self.here.grant(tag, [[block * BLOCK, BLOCK]], sender.identity)
+        ticket = sender.call("post", "here", self.rows([(0, block)]), tag)
+        self.until(lambda: sender.call("poll", ticket))
+        self.here.fence(sender.identity)
+        assert (self.here.memory[block * BLOCK : (block + 1) * BLOCK] == REUSED).all()
 
     def connected(self, identity: str) -> RemoteSide:
         """A new peer process to which this process is connected as sender, and has written once."""
@@ -160,9 +189,9 @@ class TransferHarness:
 
     def expected(self, rows: list[list[int]], base: int = MARK) -> np.ndarray:
         """What the receiver's region holds after these spans, given that it held `base` before."""
-        out = np.full(self.region, base, dtype=np.uint8)
+        out, memory = np.full(self.region, base, dtype=np.uint8), self.here.memory
         for _, source, _, target, length in rows:
-            out[target : target + length] = self.here.memory[source : source + length]
+            out[target : target + length] = memory[source : source + length]
         return out
 
     def works(self, remote: RemoteSide, tag: int = 1 << 40) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pd.abc import BackendContext, DeviceMemory, Peer, Region, TransferBackend
+from pd.abc import BackendContext, DeviceMemory, Peer, Region, TransferBackend, host_region
 from pd.errors import PeerLost, TransferError
 
 CALL_TIMEOUT = 30.0
@@ -61,9 +61,10 @@ def make_backend(
 
 
 class Side:
-    """A backend with one region of host memory. Methods take and return what JSON can carry.
+    """A backend with regions of host memory. Methods take and return what JSON can carry.
 
-    A subclass for device memory overrides `device_memory`, `allocate`, `memory` and `write`.
+    The memory is there as long as the side, also after `close`. A subclass for device memory overrides `device_memory`,
+    `allocate`, `contents` and `write`.
     """
 
     def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
@@ -72,31 +73,37 @@ class Side:
         self.capabilities = self.backend.capabilities
         self._peers: dict[str, Peer] = {}
         self._tickets: list[Any] = []
-        self._region: Region | None = None
+        self.regions: list[Region] = []
+        self._views: list[np.ndarray] = []
 
     def device_memory(self) -> DeviceMemory:
         return HostMemory()
 
     def allocate(self, nbytes: int) -> Region:
         """Zeroed memory that the backend does not supply."""
-        raw = np.zeros(nbytes, dtype=np.uint8)
-        return Region(0, int(raw.ctypes.data), nbytes, "cpu", raw.data, raw)
+        return host_region(np.zeros(nbytes, dtype=np.uint8).data)
 
-    def open(self, identity: str, nbytes: int, block_bytes: int = 0) -> None:
+    def open(self, identity: str, nbytes: int, block_bytes: int = 0, regions: int = 1) -> None:
+        """Register so many regions of `nbytes`. Of all but the first only `contents`, `checksum` and `write` know."""
         self.backend.open(identity)
-        region = self.backend.allocate(nbytes, self.device.device) or self.allocate(nbytes)
-        self._region = replace(region, index=0, block_bytes=block_bytes)
-        self.backend.register([self._region])
+        made = [self.backend.allocate(nbytes, self.device.device) or self.allocate(nbytes) for _ in range(regions)]
+        self.regions = [replace(region, index=i, block_bytes=block_bytes) for i, region in enumerate(made)]
+        self._views = [np.frombuffer(one.buffer, dtype=np.uint8) for one in made if one.buffer is not None]
+        self.backend.register(self.regions)
 
     @property
     def region(self) -> Region:
-        assert self._region is not None
-        return self._region
+        """The first one."""
+        return self.regions[0]
 
     @property
     def memory(self) -> np.ndarray:
-        """The region as uint8[nbytes], or a copy of it: it is changed by `write`."""
-        return np.frombuffer(self.region.buffer, dtype=np.uint8)  # type: ignore[arg-type]
+        """What `contents` says of the first region."""
+        return self.contents(0)
+
+    def contents(self, region: int) -> np.ndarray:
+        """A region as uint8[nbytes], or a copy of it: it is changed by `write`."""
+        return self._views[region]
 
     def descriptor(self) -> str:
         return self.backend.descriptor().hex()
@@ -107,8 +114,8 @@ class Side:
 
     # --- memory ---
 
-    def write(self, offset: int, data: np.ndarray) -> None:
-        self.memory[offset : offset + data.size] = data
+    def write(self, offset: int, data: np.ndarray, region: int = 0) -> None:
+        self.contents(region)[offset : offset + data.size] = data
 
     def fill(self, value: int, offset: int = 0, length: int | None = None) -> None:
         count = self.region.nbytes - offset if length is None else length
@@ -118,8 +125,13 @@ class Side:
         """Random bytes all over, the same for the same seed and size."""
         self.write(0, pattern(seed, self.region.nbytes))
 
-    def checksum(self) -> str:
-        return checksum(self.memory)
+    def checksum(self, region: int = 0) -> str:
+        return checksum(self.contents(region))
+
+    def checksums(self, spans: Sequence[Sequence[int]]) -> list[str]:
+        """Of [offset, length] each."""
+        memory = self.memory
+        return [checksum(memory[offset : offset + length]) for offset, length in spans]
 
     def count(self, value: int) -> int:
         """How many bytes have this value."""
@@ -147,10 +159,10 @@ class Side:
 
     # --- receiver ---
 
-    def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str) -> None:
+    def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str, region: int = 0) -> None:
         """`ranges` [offset, length]; nothing to do for a backend that does not revoke single hand-offs."""
         if self.capabilities.revocable:
-            spans = np.zeros((len(ranges), 5), dtype=np.uint64)
+            spans = np.full((len(ranges), 5), region, dtype=np.uint64)
             spans[:, 1] = spans[:, 3] = [offset for offset, _ in ranges]
             spans[:, 4] = [length for _, length in ranges]
             self.backend.grant(tag, spans, sender)

@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -32,12 +31,16 @@ from pd.abc import (
     SharedDeviceMemory,
     Spans,
     TransferCapabilities,
+    host_region,
+    machine_id,
     reachable_address,
+    within,
 )
+from pd.abc.doors import UNPROVEN_LIMIT
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.ipc.memory import SharedMemory
 from pd.transfer.digest import WORD
-from pd.transfer.direct_ledger import Ledger, sizes_of, within
+from pd.transfer.direct_ledger import Ledger, sizes_of
 from pd.transfer.direct_receive import Incoming, Receiver
 from pd.transfer.direct_send import Outgoing, Sender, Ticket, dial
 from pd.transfer.direct_shm import Target
@@ -47,9 +50,6 @@ from pd.transfer.direct_wire import DEVICE, HANDSHAKE_TIMEOUT, MAX_SPANS, SHM, S
 
 #: Longest wait of revoke and expel for a copy that is under way (one takes well under a millisecond).
 QUIET_TIMEOUT = 5.0
-
-#: Connections whose handshake is not over; more are closed at once.
-UNPROVEN_LIMIT = 64
 
 
 class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct/1"):
@@ -65,11 +65,6 @@ class DirectDescriptor(msgspec.Struct, frozen=True, array_like=True, tag="direct
     port: int
     regions: list[int]
     device: str = "cpu"
-
-
-def machine_id() -> str:
-    """The same for processes of one running kernel."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def way_to_offer(near: bool, here: str, there: str, shareable: bool) -> str:
@@ -153,9 +148,9 @@ class DirectBackend:
         if device != "cpu":
             return None
         memory = SharedMemory.create("pd-kv", nbytes)
-        address = int(np.frombuffer(memory.buffer, dtype=np.uint8).ctypes.data)
-        self._shared[address] = memory
-        return Region(0, address, nbytes, "cpu", memory.buffer, memory)
+        region = host_region(memory.buffer, memory)
+        self._shared[region.address] = memory
+        return region
 
     def register(self, regions: Sequence[Region]) -> None:
         for region in regions:

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import Region, Spans
+from pd.abc import Region, Spans, within
 from pd.errors import TransferError
 from pd.transfer.digest import CHUNK, RUN, WORD
 
@@ -31,17 +31,6 @@ COPY = 1 << 22
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-
-
-def within(regions: U64, offsets: U64, lengths: U64,
-           sizes: U64) -> bool:  # fmt: skip
-    """Whether every span is non-empty and inside its region. No sum that could overflow."""
-    if not len(regions):
-        return True
-    if regions.max() >= len(sizes):
-        return False
-    size = sizes[regions.astype(np.int64)]
-    return bool(np.all((lengths > 0) & (lengths <= size) & (offsets <= size - np.minimum(lengths, size))))
 
 
 def sizes_of(regions: Sequence[Region]) -> U64:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pd.abc import DeviceMemory, SharedDeviceMemory
+from pd.abc import DeviceMemory, SharedDeviceMemory, within
 from pd.errors import PdError, ProtocolError, TransferError
 from pd.transfer.digest import WORD
 from pd.transfer.direct_device import PULL_BYTES, DevicePost, PeerDevice, Puller
-from pd.transfer.direct_ledger import Grant, Ledger, cut, within
+from pd.transfer.direct_ledger import Grant, Ledger, cut
 from pd.transfer.direct_shm import PeerMemory, Target, copy_chunks
 from pd.transfer.direct_staged import STAGE, StagedReceiver
 from pd.transfer.direct_tcp import Stream, StreamReceiver

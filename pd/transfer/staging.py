@@ -11,9 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
-from pd.abc import DeviceMemory, Region, Spans, TransferBackend
+from pd.abc import DeviceMemory, Region, Spans, TransferBackend, host_region
 from pd.errors import TransferError
 from pd.ipc.memory import SharedMemory
 from pd.transfer.spans import Pool
@@ -30,9 +28,7 @@ class Mirror:
             self._pages, self._advice = mmap.mmap(region.owner.fd, nbytes), mmap.MADV_REMOVE
         elif region is None:
             self._pages, self._advice = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), mmap.MADV_DONTNEED
-            buffer = memoryview(self._pages)
-            address = int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
-            region = Region(0, address, nbytes, "cpu", buffer, self._pages)
+            region = host_region(memoryview(self._pages))
         else:
             raise TransferError("a backend's own allocator that stages must supply pd.ipc.memory.SharedMemory")
         self.region = region

@@ -22,12 +22,12 @@ class TestBetweenHosts(TransferConformance):
     receiver_driven = True
     authenticates = True
 
-    def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
+    def remote(self, identity: str, secret: str | None = None, regions: int = 1) -> RemoteSide:
         known = self.secret if secret is None else secret
         remote = RemoteSide(self.factory, THERE, known, self.options, ["ip", "netns", "exec", NAMESPACE])
         self._remotes.append(remote)
         remote.identity = identity
-        remote.call("open", identity, self.region, BLOCK)
+        remote.call("open", identity, self.region, BLOCK, regions)
         return remote
 
     def test_nothing_listens_beyond_the_configured_host(self) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from pd.abc import BackendContext, Region
+from pd.abc import BackendContext, host_region
 from pd.errors import PeerLost, TransferError
 from pd.testing.transfer_peer import HostMemory
 from pd.transfer.direct import DirectBackend, DirectDescriptor
@@ -55,8 +55,7 @@ class End:
         self.backend.open(name)
         region = self.backend.allocate(SIZE, "cpu")
         if not shareable:
-            raw = np.zeros(SIZE, dtype=np.uint8)
-            region = Region(0, int(raw.ctypes.data), SIZE, "cpu", raw.data, raw)
+            region = host_region(np.zeros(SIZE, dtype=np.uint8).data)
         self.backend.register([replace(region, block_bytes=4096)])
         self.memory = np.frombuffer(region.buffer, dtype=np.uint8)
         self.descriptor = self.backend.descriptor()

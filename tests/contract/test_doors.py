@@ -19,7 +19,7 @@ import msgspec
 import pytest
 
 from pd.abc import BackendContext, Call, Caller, Door, doors, reachable_address
-from pd.errors import BackendUnavailable, TransferError
+from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd.testing.transfer_peer import HostMemory
 
 SOON = 5.0
@@ -240,6 +240,21 @@ def test_a_refusal_reaches_the_sender_in_its_own_words_and_keeps_nothing(house: 
     assert house.refused(door) == "it moves KV by tcp, not rdma"
     until(lambda: not door.callers())
     assert not house.left and door.expel("there")
+
+
+def test_an_answer_that_does_not_come_in_time_loses_the_peer_and_ends_the_call(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, gate = house.door(), Gate()
+    assert house.call(door).answer() == b"come in"
+    house.admit = gate
+    monkeypatch.setattr(doors, "HANDSHAKE_TIMEOUT", 0.2)
+    with pytest.raises(PeerLost, match="here"):
+        house.call(door, "late").answer()
+    gate.opened.set()
+    until(lambda: not door.callers("late"))
+    with pytest.raises(PeerLost, match="it ended the connection"):
+        house.call(door, "lost", receiver="elsewhere").answer()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -44,14 +44,13 @@ class CudaSide(Side):
     def allocate(self, nbytes: int) -> Region:
         return allocate_device_region(nbytes, self.device.device)
 
-    @property
-    def memory(self) -> np.ndarray:
-        data = np.empty(self.region.nbytes, dtype=np.uint8)
-        self.device.copy(self.region, 0, data.data, to_device=False)
+    def contents(self, region: int) -> np.ndarray:
+        data = np.empty(self.regions[region].nbytes, dtype=np.uint8)
+        self.device.copy(self.regions[region], 0, data.data, to_device=False)
         return data
 
-    def write(self, offset: int, data: np.ndarray) -> None:
-        self.device.copy(self.region, offset, np.ascontiguousarray(data).data, to_device=True)
+    def write(self, offset: int, data: np.ndarray, region: int = 0) -> None:
+        self.device.copy(self.regions[region], offset, np.ascontiguousarray(data).data, to_device=True)
 
     def ways(self) -> dict[str, int]:
         """Connections of this sender by the way that their bytes go."""

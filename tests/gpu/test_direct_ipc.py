@@ -40,19 +40,19 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 class TestDirectIpc(TransferConformance):
-    """Two processes on one GPU. `environment` is that of the other one."""
+    """Two processes on one GPU. `peer_environment` is what the other one has besides."""
 
     factory = FACTORY
     secret = "cluster secret"
     side = CudaSide
     receiver_driven = True
     authenticates = True
-    environment: ClassVar[dict[str, str]] = {}
+    peer_environment: ClassVar[dict[str, str]] = {}
     way: ClassVar[str] = "device"
 
-    def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
-        with mock.patch.dict(os.environ, self.environment):
-            return super().remote(identity, secret)
+    def remote(self, identity: str, secret: str | None = None, regions: int = 1) -> RemoteSide:
+        with mock.patch.dict(os.environ, self.peer_environment):
+            return super().remote(identity, secret, regions)
 
     def test_bytes_go_by_the_expected_way(self) -> None:
         self.connected("there")
@@ -62,21 +62,21 @@ class TestDirectIpc(TransferConformance):
 class TestDirectWithoutIpc(TestDirectIpc):
     """The receiver cannot open handles: staged through pinned memory."""
 
-    environment: ClassVar = {"PD_TEST_NO_CUDA_IPC": "1"}
+    peer_environment: ClassVar = {"PD_TEST_NO_CUDA_IPC": "1"}
     way = "stream"
     # Tests that send from the other process to this one, which can open handles, are those above.
 
 
 @two_gpus
 class TestDirectTwoGpus(TestDirectIpc):
-    environment: ClassVar = {"PD_TEST_CUDA_DEVICE": "1"}
+    peer_environment: ClassVar = {"PD_TEST_CUDA_DEVICE": "1"}
 
 
 @two_gpus
 class TestDirectTwoGpusOneVisibleEach(TestDirectIpc):
-    def remote(self, identity: str, secret: str | None = None) -> RemoteSide:
+    def remote(self, identity: str, secret: str | None = None, regions: int = 1) -> RemoteSide:
         with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=second_gpu()):
-            return super().remote(identity, secret)
+            return super().remote(identity, secret, regions)
 
 
 # --- the kernel ---

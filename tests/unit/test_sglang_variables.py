@@ -233,6 +233,20 @@ def world(prefills: int = 1, local: str = "never", **variables: object) -> SimCl
     return SimCluster(1, SimConfig(prefills, 1, scheduler=scheduler, control=dict(control)))
 
 
+def ends_at(sim: SimCluster, client: Client, time: float) -> None:
+    sim.run(time - 0.1)
+    assert not client.ended
+    sim.run(time + 0.2)
+    assert client.ended
+
+
+def stuck(timeout: int, local: str = "never") -> tuple[SimCluster, Client]:
+    """A client that waits for blocks which do not come."""
+    sim = world(local=local, WAITING_TIMEOUT=timeout)
+    sim.config.write_delay = (1000.0, 1000.0)
+    return sim, sim.submit(sim.nodes["d0"], prompt(12), 6)
+
+
 def error(client: Client) -> tuple[int, str]:
     assert client.finish is not None and client.finish.reason is FinishReason.ERROR, client
     return client.finish.status, client.finish.message
@@ -242,9 +256,7 @@ def error(client: Client) -> tuple[int, str]:
 def test_a_leg_that_no_decode_instance_asks_for_ends_with_504_after_the_bootstrap_timeout(timeout: int) -> None:
     sim = world(BOOTSTRAP_TIMEOUT=timeout)
     leg = sim.submit_leg(sim.nodes["p0"], prompt(9), 4, room=7)
-    sim.run(timeout - 0.1)
-    assert not leg.ended
-    sim.run(timeout + 0.1)
+    ends_at(sim, leg, timeout)
     status, message = error(leg)
     assert status == 504 and f"(its bootstrap_room) within {timeout} s" in message
 
@@ -350,23 +362,15 @@ def test_decode_gives_the_blocks_so_long_to_come_and_then_asks_the_next_prefill_
 
 @pytest.mark.parametrize("timeout", [2, 5])
 def test_a_client_whose_blocks_come_from_nowhere_is_told_so_after_the_waiting_timeout(timeout: int) -> None:
-    sim = world(WAITING_TIMEOUT=timeout)
-    sim.config.write_delay = (1000.0, 1000.0)
-    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
-    sim.run(timeout - 0.1)
-    assert not client.ended
-    sim.run(timeout + 0.2)
+    sim, client = stuck(timeout)
+    ends_at(sim, client, timeout)
     status, message = error(client)
     assert status == 503 and f"no KV cache within {timeout} s" in message
 
 
 @pytest.mark.parametrize("timeout", [2, 5])
 def test_after_the_waiting_timeout_decode_computes_the_prompt_itself_if_it_may(timeout: int) -> None:
-    sim = world(local="fallback", WAITING_TIMEOUT=timeout)
-    sim.config.write_delay = (1000.0, 1000.0)
-    client = sim.submit(sim.nodes["d0"], prompt(12), 6)
-    sim.run(timeout - 0.1)
-    assert not client.ended
-    sim.run(timeout + 0.2)
+    sim, client = stuck(timeout, local="fallback")
+    ends_at(sim, client, timeout)
     sim.check_answers()
     assert client.finish is not None and client.finish.reason is FinishReason.LENGTH

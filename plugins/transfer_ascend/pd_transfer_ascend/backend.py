@@ -10,7 +10,6 @@ import contextlib
 import mmap
 import os
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,25 +19,21 @@ import numpy as np
 
 from pd.abc import (
     BackendContext,
-    BackendDefaults,
-    Call,
-    Door,
+    ConnectedBackend,
     Peer,
+    Receiver,
     Region,
     Spans,
     Ticket,
     TransferCapabilities,
-    addresses,
     decode,
+    host_region,
     reachable_address,
 )
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 
 #: The library registers memory in pieces of this size.
 ALIGNMENT = 2 << 20
-
-#: Seconds for the handshake with a peer.
-CONTACT_TIMEOUT = 3.0
 
 
 class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ascend/1"):
@@ -49,16 +44,15 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ascend/1"):
 
 
 @dataclass(eq=False)
-class Receiver:
-    identity: str
+class Target(Receiver):
     session: str
     regions: list[tuple[int, int]]
-    call: Call
 
 
-class AscendBackend(BackendDefaults):
+class AscendBackend(ConnectedBackend[Target]):
     """See the module."""
 
+    name = "ascend"
     capabilities = TransferCapabilities(
         memory_kinds=frozenset({"cpu", "npu"}), concurrent_posts=True, blocking_post=True, allocates=True
     )
@@ -72,23 +66,18 @@ class AscendBackend(BackendDefaults):
             names = ", ".join(known).lower()
             raise BackendUnavailable("ascend", f"ASCEND_MF_TRANSFER_PROTOCOL={protocol}", f"use one of {names}")
         self._operation = getattr(operations, protocol.upper())
-        self._identity = self._session = ""
+        self._session = ""
         self._engine: Any = None
-        self._door: Door | None = None
-        self._regions: list[Region] = []
         self._lengths: dict[int, int] = {}  # of what `allocate` made: address -> whole pieces
-        self._lock = threading.Lock()
-        self._receivers: set[Receiver] = set()
 
     def open(self, identity: str) -> None:
         """Join the config store, which a prefill instance opens where nobody has."""
-        self._identity = identity
-        self._door = Door(self.context, "ascend", identity, lambda caller: b"")
+        super().open(identity)
         engine, role = self._vendor.TransferEngine(), "Decode" if self.context.role == "decode" else "Prefill"
         device = int(self.context.device.partition(":")[2] or 0)
         if role == "Prefill" and (status := self._vendor.create_config_store(self._store_url)) != 0:
             self.context.log("no config store opened: another instance may have", url=self._store_url, status=status)
-        host, said = reachable_address(self._door.host), list[str]()
+        host, said = reachable_address(self.door.host), list[str]()
         port = engine.get_rpc_port()  # 0: known once it has started
         with _own_words(said):
             status = engine.initialize(self._store_url, f"{host}:{port}", role, device, self._operation)
@@ -104,10 +93,9 @@ class AscendBackend(BackendDefaults):
         length = -(-nbytes // ALIGNMENT) * ALIGNMENT
         whole = np.frombuffer(mmap.mmap(-1, length + ALIGNMENT), dtype=np.uint8)
         start = -int(whole.ctypes.data) % ALIGNMENT
-        memory = whole[start : start + nbytes]
-        address = int(memory.ctypes.data)
-        self._lengths[address] = length
-        return Region(0, address, nbytes, device, memory.data, memory)
+        region = host_region(whole[start : start + nbytes].data)
+        self._lengths[region.address] = length
+        return region
 
     def register(self, regions: Sequence[Region]) -> None:
         """All in one call: another would not be taken."""
@@ -121,36 +109,27 @@ class AscendBackend(BackendDefaults):
         status = self._engine.batch_register_memory(list(table), list(table.values()))
         if status != 0:
             raise TransferError(f"the library registered no memory: {status}")
-        self._regions = list(regions)
-        assert self._door is not None
-        self._door.start()
+        super().register(regions)
 
     def descriptor(self) -> bytes:
-        assert self._door is not None
-        regions = [(region.address, region.nbytes) for region in self._regions]
-        return msgspec.msgpack.encode(Descriptor(self._identity, self._session, self._door.address, regions))
+        return msgspec.msgpack.encode(Descriptor(self.identity, self._session, self.door.address, self.table))
 
     def connect(self, descriptor: bytes) -> Peer:
         """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone, hangs or refuses."""
         there = decode(descriptor, Descriptor)
-        call = Call(self.context, "ascend", self._identity, there.identity, there.address, b"")
-        if not call.wait(CONTACT_TIMEOUT) or not call.answered:
-            call.close()
-            raise PeerLost(there.identity, call.end or "it does not answer")
-        receiver = Receiver(there.identity, there.session, there.regions, call)
-        with self._lock:
-            self._receivers.add(receiver)
-        return receiver
+        call = self.call(there.identity, there.address)
+        call.answer()
+        target = Target(there.identity, call, there.session, there.regions)
+        self.receivers.add(target)
+        return target
 
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         """One call for all spans; it returns when they are applied."""
-        assert isinstance(peer, Receiver)
+        assert isinstance(peer, Target)
         if end := peer.call.end:  # it takes no more: let it know that nothing is under way
             peer.call.close()
             raise PeerLost(peer.identity, end)
-        local = [(region.address, region.nbytes) for region in self._regions]
-        sources = addresses(spans[:, 0], spans[:, 1], spans[:, 4], local, "local")
-        targets = addresses(spans[:, 2], spans[:, 3], spans[:, 4], peer.regions, "remote")
+        sources, targets = self.ends(spans, peer.regions)
         if len(spans):
             lists = sources.tolist(), targets.tolist(), spans[:, 4].tolist()
             status = self._engine.batch_transfer_sync_write(peer.session, *lists)
@@ -161,27 +140,14 @@ class AscendBackend(BackendDefaults):
     def poll(self, ticket: Ticket) -> bool:
         return True  # a post that raised has no ticket
 
-    def reset_peer(self, peer: Peer) -> None:
-        """Writes are over when `post` has returned; the closed connection tells the receiver so."""
-        assert isinstance(peer, Receiver)
-        peer.call.close()
-        with self._lock:
-            self._receivers.discard(peer)
-
     def expel(self, identity: str) -> bool:
         """True when the sender has closed its connection or died: nothing can stop one that lives."""
-        assert self._door is not None
-        quiet = self._door.expel(identity)
+        quiet = self.door.expel(identity)
         self.context.log("expelled", sender=identity, quiet=quiet)
         return quiet
 
     def close(self) -> None:
-        with self._lock:
-            receivers = list(self._receivers)
-        for receiver in receivers:
-            self.reset_peer(receiver)
-        if self._door is not None:
-            self._door.close()
+        super().close()
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.destroy()

@@ -7,7 +7,6 @@ that reads the source, or the one that owns the target, stops it. On TCP an engi
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +15,19 @@ import msgspec
 
 from pd.abc import (
     BackendContext,
-    BackendDefaults,
-    Call,
     Caller,
-    Door,
+    ConnectedBackend,
     Peer,
+    Receiver,
     Region,
     Spans,
     TransferCapabilities,
-    addresses,
     decode,
 )
 from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd_transfer_mooncake.engines import Engines, first_contact
 
-#: Seconds for the handshake with a peer, and again for its engine's first answer.
+#: Seconds for the first answer of a peer's engine.
 CONTACT_TIMEOUT = 3.0
 
 
@@ -54,11 +51,9 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="mooncake/1"):
 
 
 @dataclass(eq=False)
-class Receiver:
-    """Where we write. `engine` None: it was reset, and nothing here is read for it."""
+class Target(Receiver):
+    """`engine` is the one that writes there. None: it was reset, and nothing here is read for it."""
 
-    identity: str
-    call: Call
     welcome: Welcome
     engine: Any
 
@@ -72,13 +67,15 @@ class Receiver:
 class Ticket:
     """Writes of one post; those before `position` are applied."""
 
-    peer: Receiver
+    peer: Target
     writes: list[int]
     position: int = 0
 
 
-class MooncakeBackend(BackendDefaults):
+class MooncakeBackend(ConnectedBackend[Target]):
     """See the module. A sender's engine here is what its caller keeps; None: nothing of it can land."""
+
+    name = "mooncake"
 
     def __init__(self, context: BackendContext, module: Any, protocol: str, devices: str) -> None:
         super().__init__(context)
@@ -86,68 +83,47 @@ class MooncakeBackend(BackendDefaults):
         kinds = {"cuda"} if protocol == "nvlink_intra" else {"cpu", "cuda"} if module.SUPPORT_CUDA else {"cpu"}
         self.capabilities = TransferCapabilities(memory_kinds=frozenset(kinds), concurrent_posts=True)
         self._engines = Engines(module, protocol, devices, context.log)
-        self._identity = ""
-        self._regions: list[Region] = []
         self._mailbox = ctypes.create_string_buffer(4096)
-        self._door: Door | None = None
-        self._lock = threading.Lock()
-        self._receivers: set[Receiver] = set()
 
     def open(self, identity: str) -> None:
-        """Bind the plugin's own port, and see that Mooncake starts. Nobody is answered before `register`."""
-        self._identity = identity
+        """Also sees that Mooncake starts."""
         if ":" in self.context.data_host:
             raise BackendUnavailable("mooncake", f"cannot bind to {self.context.data_host}", "use an IPv4 address")
-        self._door = Door(self.context, "mooncake", identity, self._admit, self._leave)
-        self._engines.make(self._door.host, None, ())
+        super().open(identity)
+        self._engines.make(self.door.host, None, ())
 
     def register(self, regions: Sequence[Region]) -> None:
         """Engines register it, each when it is made: on TCP that is a line in a table."""
         for region in regions:
             if region.device.partition(":")[0] not in self.capabilities.memory_kinds:
                 raise TransferError(f"mooncake by {self._protocol} does not move memory of {region.device}")
-        self._regions = list(regions)
-        assert self._door is not None
-        self._door.start()
+        super().register(regions)
 
     def descriptor(self) -> bytes:
-        assert self._door is not None
-        return msgspec.msgpack.encode(Descriptor(self._identity, self._door.address))
-
-    def close(self) -> None:
-        with self._lock:
-            receivers = list(self._receivers)
-        for receiver in receivers:
-            self.reset_peer(receiver)
-        if self._door is not None:
-            self._door.close()
+        return msgspec.msgpack.encode(Descriptor(self.identity, self.door.address))
 
     # --- who writes here ---
 
-    def _admit(self, caller: Caller) -> bytes:
+    def admit(self, caller: Caller) -> bytes:
         """An engine for this sender alone, behind a fence that lets in its host alone."""
         theirs = decode(caller.words, Introduction).protocol
         if theirs != self._protocol:
             raise TransferError(f"it moves KV by {self._protocol}, not {theirs}")
-        assert self._door is not None
-        self._door.cut(caller.identity, before=caller)  # it was reset and connects again
+        self.door.cut(caller.identity, before=caller)  # it was reset and connects again
         self.context.memory.enter()
         mailbox = Region(0, ctypes.addressof(self._mailbox), len(self._mailbox), "cpu")
-        memory = [*self._regions, mailbox] if "cpu" in self.capabilities.memory_kinds else self._regions
+        memory = [*self.regions, mailbox] if "cpu" in self.capabilities.memory_kinds else self.regions
         caller.kept = self._engines.make(caller.reached, (caller.host, caller.reached), memory)
         session = f"{caller.reached}:{caller.kept.get_rpc_port()}"
-        table = [(one.address, one.nbytes) for one in self._regions]
-        return msgspec.msgpack.encode(Welcome(session, table, mailbox.address))
+        return msgspec.msgpack.encode(Welcome(session, self.table, mailbox.address))
 
-    @staticmethod
-    def _leave(caller: Caller) -> None:
+    def leave(self, caller: Caller) -> None:
         """Afterwards nothing of this sender can land: its engine is gone, and with it every connection."""
         caller.kept = None  # the last reference
 
     def expel(self, identity: str) -> bool:
-        assert self._door is not None
-        self._door.expel(identity)
-        self._door.cut(identity)
+        self.door.expel(identity)
+        self.door.cut(identity)
         self.context.log("expelled", sender=identity)
         return True
 
@@ -156,13 +132,10 @@ class MooncakeBackend(BackendDefaults):
     def connect(self, descriptor: bytes) -> Peer:
         """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone, refuses or hangs."""
         there = decode(descriptor, Descriptor)
-        words = msgspec.msgpack.encode(Introduction(self._protocol))
-        call = Call(self.context, "mooncake", self._identity, there.identity, there.address, words)
+        call = self.call(there.identity, there.address, msgspec.msgpack.encode(Introduction(self._protocol)))
         try:
-            if not call.wait(CONTACT_TIMEOUT) or not call.answered:
-                raise PeerLost(there.identity, call.end or "it does not answer")
-            welcome = decode(call.words, Welcome)
-            engine = self._engines.make(call.local_host, None, () if self._protocol == "tcp" else self._regions)
+            welcome = decode(call.answer(), Welcome)
+            engine = self._engines.make(call.local_host, None, () if self._protocol == "tcp" else self.regions)
             if "cpu" in self.capabilities.memory_kinds:
                 reached = first_contact(engine, welcome.session, welcome.mailbox, CONTACT_TIMEOUT)
             else:
@@ -172,19 +145,16 @@ class MooncakeBackend(BackendDefaults):
         except BaseException:
             call.close()
             raise
-        receiver = Receiver(there.identity, call, welcome, engine)
-        with self._lock:
-            self._receivers.add(receiver)
-        return receiver
+        target = Target(there.identity, call, welcome, engine)
+        self.receivers.add(target)
+        return target
 
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         """One write for each span: only single writes can be polled one by one."""
-        assert isinstance(peer, Receiver)
+        assert isinstance(peer, Target)
         if peer.end:  # another process may have its ports by now
             raise PeerLost(peer.identity, peer.end)
-        local = [(region.address, region.nbytes) for region in self._regions]
-        sources = addresses(spans[:, 0], spans[:, 1], spans[:, 4], local, "local")
-        targets = addresses(spans[:, 2], spans[:, 3], spans[:, 4], peer.welcome.regions, "remote")
+        sources, targets = self.ends(spans, peer.welcome.regions)
         submit, session = peer.engine.transfer_submit_write, peer.welcome.session
         ticket = Ticket(peer, [])
         for source, target, length in zip(sources.tolist(), targets.tolist(), spans[:, 4].tolist(), strict=True):
@@ -209,8 +179,6 @@ class MooncakeBackend(BackendDefaults):
         return True
 
     def reset_peer(self, peer: Peer) -> None:
-        assert isinstance(peer, Receiver)
+        assert isinstance(peer, Target)
         peer.engine = None  # the last reference
-        peer.call.close()
-        with self._lock:
-            self._receivers.discard(peer)
+        super().reset_peer(peer)

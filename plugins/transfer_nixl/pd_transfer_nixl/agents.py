@@ -12,7 +12,9 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +22,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import Call, Region, Spans
-from pd.errors import BackendUnavailable, PeerLost, TransferError
+from pd.abc import Call, Receiver, Region, Spans
+from pd.errors import PeerLost, TransferError
 
 I64 = npt.NDArray[np.int64]
+
+#: (first, length, stride): rows of `length` bytes, of which row i begins at `first + i * stride`.
+Grid = tuple[int, int, int]
 
 #: Bytes per request, where NIXL copies inside the call the longest that other peers wait; requests under way per post.
 REQUEST_BYTES, REQUESTS = 64 << 20, 4
@@ -60,21 +65,22 @@ class Nixl:
         self.errors: tuple[type[Exception], ...] = tuple(getattr(bindings, name) for name in names)
         self.lost: tuple[type[Exception], ...] = (bindings.nixlRemoteDisconnectError, bindings.nixlBackendError)
 
-    def try_out(self) -> None:
-        """Raises BackendUnavailable."""
-        try:
-            self.agent("try-out", [])
-        except self.errors as error:
-            raise BackendUnavailable("nixl", f"UCX: {error}", "check UCX_TLS and UCX_NET_DEVICES") from error
+    def agent(self, name: str, memory: list[Memory], sender: bytes = b"") -> Any:
+        """A new agent with this memory registered, for a sender of which this is the metadata.
 
-    def agent(self, name: str, memory: list[Memory]) -> Any:
-        """A new agent with this memory registered. It makes progress only when called."""
+        It makes progress only when called. Raises TransferError.
+        """
         config = self._api.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=["UCX"])
-        agent = self._api.nixl_agent(name, config)
-        for kind in ("DRAM", "VRAM"):
-            table = sorted({(one.address, one.nbytes, one.ordinal, "") for one in memory if one.kind == kind})
-            if table:
-                agent.register_memory(table, kind)
+        try:
+            agent = self._api.nixl_agent(name, config)
+            for kind in ("DRAM", "VRAM"):
+                table = sorted({(one.address, one.nbytes, one.ordinal, "") for one in memory if one.kind == kind})
+                if table:
+                    agent.register_memory(table, kind)
+            if sender:
+                agent.add_remote_agent(sender)
+        except self.errors as error:
+            raise TransferError(f"nixl: {error}") from error
         return agent
 
 
@@ -88,19 +94,10 @@ def drop(owner: Any) -> None:
         raise TransferError("an agent of NIXL is still in use, so it goes on reading")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One side of a post as rows `first + i * stride` of `length` bytes of a region, and which of them."""
+def rows(offsets: I64, lengths: I64, block_bytes: int) -> tuple[Grid, npt.NDArray[np.int32]] | None:
+    """One side of a post as rows of a grid over its region, and which of them.
 
-    first: int
-    length: int
-    stride: int
-    indices: npt.NDArray[np.int32]
-
-
-def rows(offsets: I64, lengths: I64, block_bytes: int) -> Rows | None:
-    """Whole blocks, alone or in runs (NIXL joins neighbours again), or the same slice of any blocks; else None.
-
+    For whole blocks, alone or in runs (NIXL joins neighbours again), and for the same slice of any blocks; else None.
     A region without blocks counts as made of blocks of the shortest span.
     """
     stride = block_bytes or int(lengths.min())
@@ -108,56 +105,48 @@ def rows(offsets: I64, lengths: I64, block_bytes: int) -> Rows | None:
     if not phase and not (lengths % stride).any() and not (offsets % stride).any():
         counts = lengths // stride
         starts = np.repeat(offsets // stride - (np.cumsum(counts) - counts), counts)
-        return Rows(0, stride, stride, (starts + np.arange(len(starts))).astype(np.int32))
+        return (0, stride, stride), (starts + np.arange(len(starts))).astype(np.int32)
     if phase + length > stride or (lengths != length).any() or (offsets % stride != phase).any():
         return None
-    return Rows(phase, length, stride, (offsets // stride).astype(np.int32))
+    return (phase, length, stride), (offsets // stride).astype(np.int32)
 
 
 @dataclass(eq=False)
 class Ticket:
     """One post: what NIXL does not have yet, and the requests that it has."""
 
-    identity: str
+    link: Link
     waiting: collections.deque[Spans]
-    poll: Any  # of its link
     requests: list[Any] = field(default_factory=list)
-    error: str = ""
-    lost: bool = False
+    failure: Callable[[], TransferError] | None = None
 
     @property
     def open(self) -> bool:
-        return not self.error and bool(self.waiting or self.requests)
+        return self.failure is None and bool(self.waiting or self.requests)
 
     def failed(self, reason: str, lost: bool) -> TransferError:
-        """Remembers the reason, not the exception: its traceback would keep the agent alive."""
-        self.error, self.lost = reason, lost
+        """Remembers how to say it, not the exception: its traceback would keep the agent alive."""
+        lose, fail = partial(PeerLost, self.link.identity, reason), partial(TransferError, f"nixl: {reason}")
+        self.failure = lose if lost else fail
         return self.failure()
 
-    def failure(self) -> TransferError:
-        return PeerLost(self.identity, self.error) if self.lost else TransferError(f"nixl: {self.error}")
 
-
-class Link:
+class Link(Receiver):
     """A sender's end: the peer that `connect` returns. Writes wait until the peer has answered the call.
 
     `counts`: requests by index and by descriptors of their own, and the lists that were prepared for the former.
     """
 
     def __init__(
-        self, nixl: Nixl, agent: Any, memory: list[Memory], identity: str, remote: list[Memory], call: Call
+        self, identity: str, call: Call, nixl: Nixl, agent: Any, memory: list[Memory], remote: list[Memory]
     ) -> None:
-        self.identity, self.remote, self.agent, self.call = identity, remote, agent, call
+        super().__init__(identity, call)
+        self.table = [(one.address, one.nbytes) for one in remote]
         self.counts = {"indexed_posts": 0, "plain_posts": 0, "prepared_lists": 0}
-        self._nixl, self._memory = nixl, memory
+        self.agent, self._nixl, self._memory, self._remote = agent, nixl, memory, remote
         self._tickets: set[Ticket] = set()  # not done: open, or failed
-        self._lists: dict[tuple[str, int, int, int, int], Any] = {}
+        self._lists: dict[tuple[str, int, Grid], Any] = {}
         self._landing = ""  # the peer's agent, once it has answered
-
-    @property
-    def end(self) -> str:
-        """Why nothing more can be written to it, "" as far as its connection tells."""
-        return "it was reset" if self.agent is None else self.call.end
 
     @property
     def busy(self) -> bool:
@@ -174,10 +163,10 @@ class Link:
         change = (spans[1:, [0, 2]] != spans[:-1, [0, 2]]).any(axis=1)
         total = np.cumsum(spans[:, 4]) // np.uint64(REQUEST_BYTES)
         pieces = np.split(spans, np.flatnonzero(change | (total[1:] != total[:-1])) + 1) if len(spans) else []
-        ticket = Ticket(self.identity, collections.deque(pieces), self.poll)
-        self._tickets.add(ticket)
-        self._drive(ticket)
-        self._settle(ticket)
+        ticket = Ticket(self, collections.deque(pieces))
+        if ticket.open:
+            self._tickets.add(ticket)
+            self._drive(ticket)
         return ticket
 
     def poll(self, ticket: Ticket) -> bool:
@@ -187,17 +176,12 @@ class Link:
             self._drive(ticket)
             if not self._landing or time.perf_counter() >= until:
                 break
-        if ticket.error:
+        if ticket.failure is not None:
             raise ticket.failure()
-        return self._settle(ticket)
-
-    def _settle(self, ticket: Ticket) -> bool:
-        if not ticket.open:
-            self._tickets.discard(ticket)
         return not ticket.open
 
     def _drive(self, ticket: Ticket) -> None:
-        if end := self.end:
+        if end := "it was reset" if self.agent is None else self.call.end:
             raise ticket.failed(end, lost=True)
         try:
             if not self._landing:
@@ -212,6 +196,8 @@ class Link:
                 if self.agent.transfer(ticket.requests[-1]) != "PROC":
                     self._check(ticket)
                     break
+            if not ticket.open:
+                self._tickets.discard(ticket)
         except self._nixl.errors as error:
             raise ticket.failed(str(error), lost=isinstance(error, self._nixl.lost)) from error
 
@@ -226,17 +212,18 @@ class Link:
 
     def _request(self, spans: Spans) -> Any:
         """A write of spans between one pair of regions: by index where they fit a grid on both sides."""
-        ends = ((0, 1, self._memory, ""), (2, 3, self.remote, self._landing))
+        ends = ((0, 1, self._memory, ""), (2, 3, self._remote, self._landing))
         forms, sides = [], []
         for region, offset, memory, owner in ends:
             table, columns = memory[int(spans[0, region])], spans[:, [offset, 4]].astype(np.int64)
             sides.append((owner, int(spans[0, region]), table))
             forms.append(rows(columns[:, 0], columns[:, 1], table.block_bytes))
-        if forms[0] is not None and forms[1] is not None and forms[0].length == forms[1].length:
-            here, there = (self._list(*side, form) for side, form in zip(sides, forms, strict=True) if form)
-            if here is not None and there is not None:
+        here, there = forms
+        if here is not None and there is not None and here[0][1] == there[0][1]:
+            lists = [self._list(*side, form[0]) for side, form in zip(sides, (here, there), strict=True)]
+            if None not in lists:
                 self.counts["indexed_posts"] += 1
-                return self.agent.make_prepped_xfer("WRITE", here, forms[0].indices, there, forms[1].indices)
+                return self.agent.make_prepped_xfer("WRITE", lists[0], here[1], lists[1], there[1])
         self.counts["plain_posts"] += 1
         plain = []
         for (_, _, table), (_, offset, _, _) in zip(sides, ends, strict=True):
@@ -245,22 +232,21 @@ class Link:
             plain.append(self.agent.get_xfer_descs(one, table.kind))
         return self.agent.initialize_xfer("WRITE", *plain, self._landing)
 
-    def _list(self, owner: str, region: int, memory: Memory, form: Rows) -> Any | None:
+    def _list(self, owner: str, region: int, memory: Memory, grid: Grid) -> Any | None:
         """The prepared list of these rows; made once. None if there are too many already."""
-        key = (owner, region, form.first, form.length, form.stride)
+        key, (first, length, stride) = (owner, region, grid), grid
         if key not in self._lists and len(self._lists) < MAX_LISTS:
-            count = (memory.nbytes - form.first - form.length) // form.stride + 1
-            grid = [[memory.address + form.first, form.length, memory.ordinal, form.stride, count]]
-            self._lists[key] = self.agent.prep_xfer_dlist(owner, np.array(grid, np.uint64), memory.kind)
+            count = (memory.nbytes - first - length) // stride + 1
+            rows = [[memory.address + first, length, memory.ordinal, stride, count]]
+            self._lists[key] = self.agent.prep_xfer_dlist(owner, np.array(rows, np.uint64), memory.kind)
             self.counts["prepared_lists"] += 1
         return self._lists.get(key)
 
-    def close(self) -> None:
-        """When this returns, nothing of it reads local memory any more; then the peer learns it."""
+    def stop(self) -> None:
+        """When this returns, nothing of it reads local memory any more."""
         if self.agent is not None:
             self._release()
             drop(self)
-        self.call.close()
 
     def _release(self) -> None:
         """Let go of all that holds the agent."""
@@ -268,12 +254,9 @@ class Link:
             if ticket.open:
                 ticket.failed("was reset", lost=True)
             for request in ticket.requests:
-                try:
+                with contextlib.suppress(*self._nixl.errors):  # it is still written; the end of the agent ends it
                     request.release()
-                except self._nixl.errors:
-                    pass  # it is still written; the end of the agent ends it
             ticket.requests.clear()
-            ticket.waiting.clear()
         self._tickets.clear()
         for prepared in self._lists.values():
             prepared.release()
@@ -286,11 +269,9 @@ class Landing:
     `copies`: this sender may write without it. Thread-safe.
     """
 
-    def __init__(self, agent: Any, sender: bytes, copies: bool) -> None:
+    def __init__(self, agent: Any, copies: bool) -> None:
         self.agent, self.copies = agent, copies
-        self.metadata: bytes = agent.get_agent_metadata()
         self._lock = threading.Lock()
-        agent.add_remote_agent(sender)
 
     def progress(self) -> None:
         with self._lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,18 +13,16 @@ import numpy as np
 
 from pd.abc import (
     BackendContext,
-    BackendDefaults,
-    Call,
     Caller,
-    Door,
+    ConnectedBackend,
     Peer,
     Region,
     Spans,
     TransferCapabilities,
-    addresses,
     decode,
+    machine_id,
 )
-from pd.errors import PeerLost, TransferError
+from pd.errors import BackendUnavailable, PeerLost, TransferError
 from pd_transfer_nixl.agents import Landing, Link, Memory, Nixl, Ticket
 
 #: Transports (UCX_TLS) whose writes end with the agent that receives them: by sockets or by its own registration.
@@ -45,16 +42,16 @@ class Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="nixl/1"):
 
 
 class Introduction(msgspec.Struct, frozen=True, array_like=True, tag="nixl/1"):
-    """Of a sender: its agent's metadata, its machine, and whether it may write without the receiver's help."""
+    """Of a sender: its agent's metadata, and the machine on which it may write without the receiver's help."""
 
     metadata: bytes
     machine: str
-    copies: bool
 
 
-class NixlBackend(BackendDefaults):
+class NixlBackend(ConnectedBackend[Link]):
     """See the README. Options: `ib_device`, `insecure_control_plane`. A sender's agent is what its caller keeps."""
 
+    name = "nixl"
     capabilities = TransferCapabilities(
         memory_kinds=frozenset({"cpu", "cuda"}), max_spans_per_post=4096, needs_progress=True
     )
@@ -62,46 +59,36 @@ class NixlBackend(BackendDefaults):
     def __init__(self, context: BackendContext, api: ModuleType) -> None:
         super().__init__(context)
         self._nixl = Nixl(api)
-        self._machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         transports = {one.strip() for one in os.environ.get("UCX_TLS", "all").split(",")}
         self._copies = not transports <= FENCED
-        self._identity = ""
-        self._door: Door | None = None
         self._memory: list[Memory] = []
         self._numbers, self._turns = itertools.count(1), itertools.count(1)
-        self._links: list[Link] = []
 
     def open(self, identity: str) -> None:
-        """Bind the plugin's own port, and see that UCX starts. Nobody is answered before `register`."""
-        self._identity = identity
-        self._nixl.try_out()
-        self._door = Door(self.context, "nixl", identity, self._admit, self._leave)
+        """Also sees that UCX starts."""
+        try:
+            self._nixl.agent("try-out", [])
+        except TransferError as error:
+            raise BackendUnavailable("nixl", error.reason, "check UCX_TLS and UCX_NET_DEVICES") from error
+        super().open(identity)
 
     def register(self, regions: Sequence[Region]) -> None:
         """Each peer's agent registers them for itself, so that dropping it withdraws them."""
         self._memory = [Memory.of(region) for region in regions]
-        assert self._door is not None
-        self._door.start()
+        super().register(regions)
 
     def descriptor(self) -> bytes:
-        assert self._door is not None
-        return msgspec.msgpack.encode(Descriptor(self._identity, self._door.address, self._memory))
-
-    def close(self) -> None:
-        for link in list(self._links):
-            self.reset_peer(link)
-        if self._door is not None:
-            self._door.close()
+        return msgspec.msgpack.encode(Descriptor(self.identity, self.door.address, self._memory))
 
     def progress(self) -> None:
         """Every agent that is written to, or that writes; the others now and then."""
         if self._door is None:
             return
         rested = next(self._turns) % REST == 0
-        for link in self._links:
+        for link in list(self.receivers):
             if rested or link.busy:
                 link.progress()
-        for caller in self._door.callers():
+        for caller in self.door.callers():
             if caller.kept is not None:
                 caller.kept.progress()
 
@@ -110,73 +97,56 @@ class NixlBackend(BackendDefaults):
     def connect(self, descriptor: bytes) -> Peer:
         """Raises TransferError for a foreign descriptor, PeerLost for a peer that is gone or refuses."""
         there = decode(descriptor, Descriptor)
-        agent = self._agent(f"{self._identity}>{there.identity}/{next(self._numbers)}")
-        words = msgspec.msgpack.encode(Introduction(agent.get_agent_metadata(), self._machine, self._copies))
-        call = Call(self.context, "nixl", self._identity, there.identity, there.address, words)
-        link = Link(self._nixl, agent, self._memory, there.identity, there.memory, call)
+        agent = self._agent(f"{self.identity}>{there.identity}")
+        words = msgspec.msgpack.encode(Introduction(agent.get_agent_metadata(), machine_id() if self._copies else ""))
+        call = self.call(there.identity, there.address, words)
+        link = Link(there.identity, call, self._nixl, agent, self._memory, there.memory)
         del agent  # the link is the only one that holds it
         if call.wait(PROMPT) and not call.answered:
-            reason = call.end
-            link.close()
-            raise PeerLost(there.identity, reason)
-        self._links.append(link)
+            link.stop()
+            raise PeerLost(there.identity, call.end)
+        self.receivers.add(link)
         return link
 
-    def _agent(self, name: str) -> Any:
-        """Raises TransferError."""
+    def _agent(self, name: str, sender: bytes = b"") -> Any:
         self.context.memory.enter()
-        try:
-            return self._nixl.agent(name, self._memory)
-        except self._nixl.errors as error:
-            raise TransferError(f"nixl: {error}") from error
+        return self._nixl.agent(f"{name}/{next(self._numbers)}", self._memory, sender)
 
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         assert isinstance(peer, Link)
         spans = np.ascontiguousarray(spans, dtype=np.uint64).reshape(-1, 5)
-        for what, memory, column in (("local", self._memory, 0), ("remote", peer.remote, 2)):
-            table = [(one.address, one.nbytes) for one in memory]
-            addresses(spans[:, column], spans[:, column + 1], spans[:, 4], table, what)
-        if end := peer.end:
-            raise PeerLost(peer.identity, end)
+        self.ends(spans, peer.table)
         return peer.post(spans)
 
     def poll(self, ticket: Ticket) -> bool:
-        return bool(ticket.poll(ticket))
+        return ticket.link.poll(ticket)
 
     def reset_peer(self, peer: Peer) -> None:
         assert isinstance(peer, Link)
-        peer.close()
-        if peer in self._links:
-            self._links.remove(peer)
-            self.context.log("nixl peer closed", peer=peer.identity, **peer.counts)
+        peer.stop()
+        super().reset_peer(peer)
+        self.context.log("nixl peer closed", peer=peer.identity, **peer.counts)
 
     # --- receiver -----------------------------------------------------------------------------------------------
 
-    def _admit(self, caller: Caller) -> bytes:
+    def admit(self, caller: Caller) -> bytes:
         """An agent to which this sender alone writes; an earlier one of the same sender ends."""
         sender = decode(caller.words, Introduction)
-        assert self._door is not None
-        self._door.cut(caller.identity, before=caller)
-        copies = sender.copies and sender.machine == self._machine
-        agent = self._agent(f"{self._identity}<{caller.identity}/{next(self._numbers)}")
-        try:
-            caller.kept = Landing(agent, sender.metadata, copies)
-        except self._nixl.errors as error:
-            raise TransferError(f"nixl: {error}") from error
-        metadata: bytes = caller.kept.metadata
+        self.door.cut(caller.identity, before=caller)
+        agent = self._agent(f"{self.identity}<{caller.identity}", sender.metadata)
+        caller.kept = Landing(agent, copies=sender.machine == machine_id())
+        metadata: bytes = agent.get_agent_metadata()
         return metadata
 
-    @staticmethod
-    def _leave(caller: Caller) -> None:
+    def leave(self, caller: Caller) -> None:
         caller.kept.close()
 
     def expel(self, identity: str) -> bool:
         """True when its agents here are gone, and one that writes without their help has ended its calls."""
-        assert self._door is not None
-        self._door.expel(identity)
-        copying = [one for one in self._door.callers(identity) if one.kept is not None and one.kept.copies]
+        self.door.expel(identity)
+        copying = [one for one in self.door.callers(identity) if one.kept is not None and one.kept.copies]
         for caller in copying:
             caller.kept.close()
         if not copying:
-            self._door.cut(identity)
+            self.door.cut(identity)
         return not copying

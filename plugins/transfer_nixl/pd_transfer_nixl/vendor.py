@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import ipaddress
 import logging
 import os
-import socket
 import sys
 from types import ModuleType
 
-import psutil
-
-from pd.abc import BackendContext, missing_rdma_devices
+from pd.abc import BackendContext, interface_of, missing_rdma_devices
 from pd.errors import BackendUnavailable
 
 #: One per CUDA version; a build from source may bring any, or only the plain name.
@@ -62,19 +58,9 @@ def configure(context: BackendContext) -> None:
         names = (one.strip() for one in devices.split(","))
         os.environ["UCX_NET_DEVICES"] = ",".join(one if ":" in one else f"{one}:1" for one in names)
         return
-    host = context.data_host
-    if host not in ("0.0.0.0", "::", ""):
-        os.environ.setdefault("UCX_NET_DEVICES", interface_of(host))
-
-
-def interface_of(host: str) -> str:
-    """The network interface that has this address. Raises BackendUnavailable."""
     try:
-        wanted = {ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, None)}
+        interface = interface_of(context.data_host)
     except OSError as error:
-        raise BackendUnavailable("nixl", f"address {host}: {error}", "check --control-host") from error
-    for name, addresses in psutil.net_if_addrs().items():
-        found = {one.address.partition("%")[0] for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)}
-        if wanted & {ipaddress.ip_address(one) for one in found}:
-            return name
-    raise BackendUnavailable("nixl", f"address {host}", "no interface has it: check --control-host")
+        raise BackendUnavailable("nixl", f"address {context.data_host}: {error}", "check --control-host") from error
+    if interface:
+        os.environ.setdefault("UCX_NET_DEVICES", interface)

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities
+from pd.abc import BackendContext, Peer, Region, Spans, Ticket, TransferCapabilities, host_region, within
 from pd.errors import PeerLost, TransferError
 
 TOKEN = 16  # random bytes at the start of a ledger: a process number may be used again, a token is not
@@ -78,8 +78,7 @@ class MemfdBackend:
         if device != "cpu":
             return None
         fd = _memfd("pool", b"", nbytes)
-        buffer = memoryview(mmap.mmap(fd, nbytes))
-        region = Region(0, np.frombuffer(buffer, np.uint8).ctypes.data, nbytes, device, buffer, buffer.obj)
+        region = host_region(memoryview(mmap.mmap(fd, nbytes)))
         self._files[region.address] = fd
         return region
 
@@ -114,8 +113,10 @@ class MemfdBackend:
 
     def post(self, peer: Peer, spans: Spans, tag: int) -> Ticket:
         assert isinstance(peer, MemfdPeer)
-        _check(spans[:, 0:2], spans[:, 4], self._local, "local")
-        _check(spans[:, 2:4], spans[:, 4], peer.regions, "remote")
+        if not within(spans[:, 0], spans[:, 1], spans[:, 4], _sizes(self._local)):
+            raise TransferError("a span outside the local regions")
+        if not within(spans[:, 2], spans[:, 3], spans[:, 4], _sizes(peer.regions)):
+            raise TransferError("a span outside the peer's regions")
         if peer.gone():
             raise PeerLost(peer.identity, "its process has ended")
         for source, offset, target, at, length in spans.tolist():
@@ -187,15 +188,8 @@ def _lock(ledger: int, identity: str) -> None:
     fcntl.fcntl(ledger, fcntl.F_OFD_SETLK, flock)
 
 
-def _check(
-    places: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64], regions: Sequence[npt.NDArray[np.uint8]], what: str
-) -> None:
-    """Every (region, offset) has room for its length, in arithmetic that cannot wrap around."""
-    if len(places) and places[:, 0].max() >= len(regions):
-        raise TransferError(f"no such {what} region")
-    sizes = np.array([region.size for region in regions], np.uint64)[places[:, 0]]
-    if np.any(lengths > sizes) or np.any(places[:, 1] > sizes - lengths):
-        raise TransferError(f"outside a {what} region")
+def _sizes(regions: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint64]:
+    return np.array([region.size for region in regions], np.uint64)
 
 
 def _close(fds: Sequence[int]) -> None:
