@@ -28,6 +28,7 @@ def pd_register_transfer_backends(register: Callable[..., None]) -> None:
             environment={
                 "UCX_TLS": "transports that UCX may use; all by default",
                 "UCX_NET_DEVICES": "network devices that UCX may use; by default that of --control-host or --ib-device",
+                "UCX_MODULES": "modules that UCX may load; without --ib-device ^efa, all but that",
                 "NIXL_UCX_SGL_ENABLE": "1 (default with a GPU): one call of UCX for many descriptors",
                 "NIXL_LOG_LEVEL": "what NIXL logs to stderr; WARN by default",
             },

@@ -58,6 +58,9 @@ def configure(context: BackendContext) -> None:
         names = (one.strip() for one in devices.split(","))
         os.environ["UCX_NET_DEVICES"] = ",".join(one if ":" in one else f"{one}:1" for one in names)
         return
+    # The wheel's module for EFA adapters loads Debian's libibverbs and libnl beside the wheel's own, and the process
+    # crashes when it ends (nixl-cu12 1.5.1 with ibverbs-providers).
+    os.environ.setdefault("UCX_MODULES", "^efa")
     try:
         interface = interface_of(context.data_host)
     except OSError as error:
