@@ -37,17 +37,19 @@ def tiny_model(
     older_config: bool = False,
     dtype: str = "float32",
     tokenizer: bool = False,
+    spread: float = 0.15,
     **overrides: Any,
 ) -> str:
     """Directory of a random `arch` ("llama", "mistral", "qwen2" or "qwen3") model; the same arguments give the same.
 
     Made once per session: `folder` is where a new one goes. `older_config` writes config.json as transformers 4 did.
-    `tokenizer` adds one whose token ids are the 256 bytes. `overrides` are fields of the transformers configuration.
+    `tokenizer` adds one whose token ids are the 256 bytes. `spread` is the standard deviation of the weights.
+    `overrides` are fields of the transformers configuration.
     """
-    key = json.dumps([arch, shards, older_config, dtype, tokenizer, overrides], sort_keys=True)
+    key = json.dumps([arch, shards, older_config, dtype, tokenizer, spread, overrides], sort_keys=True)
     if key not in _made:
         path = Path(folder) / f"{arch}-{len(_made)}"
-        _save(path, arch, shards, older_config, dtype, overrides)
+        _save(path, arch, shards, older_config, dtype, spread, overrides)
         if tokenizer:
             _save_tokenizer(path)
         _made[key] = str(path)
@@ -72,7 +74,9 @@ def _byte_of(letter: str) -> int:
     return ord(letter) if ord(letter) < 256 else others[ord(letter) - 256]
 
 
-def _save(path: Path, arch: str, shards: int, older_config: bool, dtype: str, overrides: dict[str, Any]) -> None:
+def _save(
+    path: Path, arch: str, shards: int, older_config: bool, dtype: str, spread: float, overrides: dict[str, Any]
+) -> None:
     import transformers
 
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
@@ -82,7 +86,7 @@ def _save(path: Path, arch: str, shards: int, older_config: bool, dtype: str, ov
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers starts with weights so small that attention hardly matters, biases 0 and norms 1.
-            scale = 0.3 if parameter.ndim == 1 else 0.15
+            scale = 0.3 if parameter.ndim == 1 else spread
             parameter.copy_(torch.randn(parameter.shape) * scale + ("norm" in name))
     path.mkdir(parents=True)
     model.save_pretrained(path)
@@ -130,13 +134,14 @@ class Generated:
 class Oracle:
     """transformers on the same directory, without KV cache: every position is computed from scratch."""
 
-    def __init__(self, path: str) -> None:
-        self.model = _load(path)
+    def __init__(self, path: str, *, dtype: str = "float32", device: str = "cpu") -> None:
+        self.model = _load(path, dtype, device)
 
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [len(tokens), vocab]."""
+        """float32 [len(tokens), vocab], on the CPU."""
         with torch.inference_mode():
-            return self.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+            ids = torch.tensor([tokens], device=self.model.device)
+            return self.model(ids, use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
     def generate_logprobs(self, prompt: list[int], n: int) -> Generated:
         """The `n` greedy tokens after `prompt`, end tokens ignored."""
@@ -147,7 +152,8 @@ class Oracle:
 
 
 @functools.lru_cache(maxsize=16)
-def _load(path: str) -> Any:
+def _load(path: str, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    kind = getattr(torch, dtype)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation="eager").eval().to(device)

@@ -16,6 +16,7 @@ from pd.models.info import check_model
 from pd.models.registry import Model
 from pd.runner.device_state import DeviceState
 from pd.runner.device_worker import DeviceWorker
+from pd.runner.graphs import DecodeGraphs
 from pd.runner.kv_pool import KvPool, allocate_region
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.worker import Worker
@@ -56,32 +57,50 @@ class Track:
 KIND = ContextVar("kind", default="host")
 
 
-def make_worker(model: Model, pool: KvPool, info: ModelInfo, **options: Any) -> Worker | DeviceWorker:
-    if KIND.get() == "host":
+def make_worker(
+    model: Model, pool: KvPool, info: ModelInfo, *, graphs: int = 0, **options: Any
+) -> Worker | DeviceWorker:
+    """`graphs`: the largest decode batch that is captured, of 0 none."""
+    device = pool.memory.device
+    if KIND.get() == "host" and device.type == "cpu":
         return Worker(model, pool, vocab_size=info.vocab_size, **options)
     width = -(-info.context_length // pool.shape.tokens) + 1
-    digest = options.pop("digest", None)
-    if digest is not None:
+    digest = options.get("digest")
+    if digest is not None and device.type == "cpu":
         options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
-    state = DeviceState(64, width, info.num_kv_heads, torch.device("cpu"))
+    state = DeviceState(64, width, info.num_kv_heads, device)
     group = info.num_heads // info.num_kv_heads
-    return DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
+    worker = DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
+    if graphs:
+        with torch.inference_mode():
+            captured = DecodeGraphs(model, pool, state, graphs, lambda done, total: None)
+        worker.start(captured, lambda event: None)
+    return worker
 
 
 class Driver:
     """One worker over a pool of `num_blocks` blocks of `page_size` tokens, filled with NaN so that stale KV shows."""
 
     def __init__(
-        self, path: str, *, page_size: int = 16, num_blocks: int = 256, dtype: str = "auto", **worker: Any
+        self,
+        path: str,
+        *,
+        page_size: int = 16,
+        num_blocks: int = 256,
+        dtype: str = "auto",
+        device: str = "cpu",
+        **worker: Any,
     ) -> None:
+        """`device`: "cpu" or "cuda:N"; `worker`: options of `make_worker` and of what it makes."""
         self.info: ModelInfo = check_model(path, dtype=dtype, tokenizer=False)
         kind = TORCH_DTYPES[self.info.dtype]
         self.shape = BlockShape(
             page_size, self.info.num_kv_heads, self.info.num_layers, self.info.head_dim, kind.itemsize
         )
-        self.pool = KvPool(allocate_region(num_blocks * self.shape.nbytes), self.shape, num_blocks, kind)
+        region = allocate_region(num_blocks * self.shape.nbytes, device=device)
+        self.pool = KvPool(region, self.shape, num_blocks, kind)
         self.pool.tensor.fill_(float("nan"))
-        model = load_model(self.info, BUILDERS)
+        model = load_model(self.info, BUILDERS, device=torch.device(device))
         self.worker = make_worker(model, self.pool, self.info, **worker)
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, num_blocks)).tolist())
         self.tracks: dict[int, Track] = {}
