@@ -16,7 +16,7 @@ from pd.models.info import check_model
 from pd.models.registry import Model
 from pd.runner.device_state import DeviceState
 from pd.runner.device_worker import DeviceWorker
-from pd.runner.graphs import DecodeGraphs
+from pd.runner.graphs import StepGraphs
 from pd.runner.kv_pool import KvPool, allocate_region
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.worker import Worker
@@ -73,7 +73,7 @@ def make_worker(
     worker = DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
     if graphs:
         with torch.inference_mode():
-            captured = DecodeGraphs(model, pool, state, graphs, lambda done, total: None)
+            captured = StepGraphs(model, pool, state, batch=graphs, group=group, progress=lambda done, total: None)
         worker.start(captured, lambda event: None)
     return worker
 

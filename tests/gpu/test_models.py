@@ -20,7 +20,7 @@ import torch
 
 from pd.messages import StepOrder
 from pd.runner.cuda_digest import PoolDigests
-from pd.runner.graphs import DecodeGraphs, graph_sizes
+from pd.runner.graphs import Outcome, StepGraphs, graph_sizes
 from pd.runner.inputs import Row
 from pd.transfer.digest import DigestGeometry, digest_blocks
 from pd.types import SamplingParams
@@ -125,16 +125,23 @@ def _without_tf32() -> Iterator[None]:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """(rows, whether the graph sampled) of every step that was a graph's."""
-    found: list[tuple[int, bool]] = []
-    replay = DecodeGraphs.replay
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """("decode", rows) or ("prompts", rows) of every step that was a graph's."""
+    found: list[tuple[str, int]] = []
+    decode, prompts = StepGraphs.decode, StepGraphs.prompts
 
-    def noted(self: DecodeGraphs, rows: Sequence[Row], grown: Mapping[int, int], samples: bool) -> Any:
-        found.append((len(rows), samples))
-        return replay(self, rows, grown, samples)
+    def noted_decode(self: StepGraphs, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome | None:
+        outcome = decode(self, rows, grown)
+        found.extend([("decode", len(rows))] if outcome is not None else [])
+        return outcome
 
-    monkeypatch.setattr(DecodeGraphs, "replay", noted)
+    def noted_prompts(self: StepGraphs, rows: Sequence[Row]) -> Outcome | None:
+        outcome = prompts(self, rows)
+        found.extend([("prompts", len(rows))] if outcome is not None else [])
+        return outcome
+
+    monkeypatch.setattr(StepGraphs, "decode", noted_decode)
+    monkeypatch.setattr(StepGraphs, "prompts", noted_prompts)
     return found
 
 
@@ -219,7 +226,7 @@ def check_float32(path: str, tracks: Mapping[int, Track]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_computes_what_transformers_computes(folder: Path, replayed: list[tuple[int, bool]], name: str) -> None:
+def test_float32_computes_what_transformers_computes(folder: Path, replayed: list[tuple[str, int]], name: str) -> None:
     path = tiny_model(folder, **SHAPE, **MODELS[name])
     step_by_step = serve(path, False, dtype="float32")
     assert not replayed
@@ -228,9 +235,10 @@ def test_float32_computes_what_transformers_computes(folder: Path, replayed: lis
     check_float32(path, ahead)
     for key in range(len(TRAFFIC)):
         assert ahead[key].emitted == step_by_step[key].emitted, "whatever draws them"
-    assert {samples for _, samples in replayed} == {True, False}
-    assert {rows for rows, _ in replayed} - set(graph_sizes(LARGEST)), "no batch had to be filled up"
-    assert max(rows for rows, _ in replayed) == LARGEST
+    decoded = {rows for kind, rows in replayed if kind == "decode"}
+    assert decoded - set(graph_sizes(LARGEST)), "no batch had to be filled up"
+    assert max(decoded) == LARGEST
+    assert any(kind == "prompts" for kind, _ in replayed)
 
 
 @pytest.mark.parametrize("name", MODELS)

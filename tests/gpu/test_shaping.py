@@ -71,4 +71,4 @@ def test_bias_and_masks_are_the_references(dtype: torch.dtype) -> None:
     shaping.add_bias_rows(logits, row, token, value)
     shaping.forbid_rows(logits, rows, mask)
     # A sum of two numbers of about the same size keeps the error of the larger.
-    assert torch.allclose(shaped.cpu(), logits, rtol=0, atol=2**-6 if dtype == torch.bfloat16 else 0)
+    assert torch.allclose(shaped.cpu(), logits, rtol=0, atol=2**-4 if dtype == torch.bfloat16 else 0)
