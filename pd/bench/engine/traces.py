@@ -59,4 +59,4 @@ def read_shares(path: Path) -> Shares:
 
 def _short(name: str) -> str:
     """Without template arguments and parameters, which fill lines."""
-    return name.removeprefix("void ").partition("<")[0].partition("(")[0][:48] or name[:48]
+    return name.removeprefix("void ").partition("<")[0].partition("(")[0].strip()[:48] or name[:48]
