@@ -12,6 +12,9 @@ DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]' -e 'plugins/transfer_mooncake[cpu
 	-e 'plugins/transfer_ascend[memfabric,adapter]'
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
+# Tests without processes or sockets of their own may run side by side: nothing in them is measured against a clock.
+ALONE := tests/unit tests/kernels
+
 # Tests run on small machines, several processes at a time.
 export OMP_NUM_THREADS ?= 1
 
@@ -29,10 +32,12 @@ up: venv ## a router, a prefill and a decode instance on this machine; ARGS="…
 	$(BIN)/pd up $(ARGS)
 
 test: lint ## lint, then every test that needs neither a GPU nor patience
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -m "not gpu and not slow" -n 2 $(ALONE)
+	$(BIN)/pytest -m "not gpu and not slow" $(ALONE:%=--ignore=%)
 
 test-all: lint ## every test that this machine can run
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 $(ALONE)
+	$(BIN)/pytest $(ALONE:%=--ignore=%)
 
 lint: dev ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
