@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = sorted([*ROOT.glob("plugins/*/pd_*/"), ROOT / "tests/plugins/third_party/pd_example"])
+PACKAGES = sorted(
+    [path.parent for path in ROOT.glob("plugins/*/pd_*/__init__.py")] + [ROOT / "tests/plugins/third_party/pd_example"]
+)
 PUBLIC = {"pd", "pd.abc", "pd.types", "pd.messages", "pd.errors"}
 
 #: The modules of a transfer backend's vendor; any of them may be installed.
