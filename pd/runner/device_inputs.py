@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,21 +51,25 @@ class StepArrays:
     tiles: torch.Tensor | None
     prompts: tuple[PromptRow, ...]
 
-    def batch(self, arrivals: torch.Tensor | None, by_torch: bool = False) -> DeviceBatch:
-        rows = self.rows
-        return DeviceBatch(
-            positions=rows.positions,
-            blocks=rows.blocks,
-            offsets=rows.offsets,
-            tables=rows.tables,
-            lengths=rows.lengths,
-            decode=rows.decode,
-            prompts=self.prompts,
-            starts=self.starts,
-            tiles=self.tiles,
-            arrivals=arrivals,
-            by_torch=by_torch,
-        )
+    def batch(self, arrivals: torch.Tensor, by_torch: bool) -> DeviceBatch:
+        """What attention takes; see there."""
+        return replace(row_batch(self.rows, arrivals, self.starts, self.tiles), prompts=self.prompts, by_torch=by_torch)
+
+
+def row_batch(
+    rows: StepRows, arrivals: torch.Tensor, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
+) -> DeviceBatch:
+    return DeviceBatch(
+        positions=rows.positions,
+        blocks=rows.blocks,
+        offsets=rows.offsets,
+        tables=rows.tables,
+        lengths=rows.lengths,
+        decode=rows.decode,
+        starts=starts,
+        tiles=tiles,
+        arrivals=arrivals,
+    )
 
 
 def row_fields(rows: int, tokens: int) -> dict[str, int]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pd.errors import ProtocolError
 from pd.kernels.sampling_device import sample_rows
 from pd.kernels.step_rows import gather_sampling, prepare_rows, store_last
 from pd.messages import PromptRow, Push, StepDone, StepOrder, TokenLogprobs
@@ -19,9 +18,9 @@ from pd.runner.device_inputs import UNKNOWN, InputBuilder
 from pd.runner.device_state import DeviceState, upload
 from pd.runner.grammar import Grammars
 from pd.runner.graphs import Outcome, StepGraphs
-from pd.runner.inputs import Int32, Request, RequestTable, Row
+from pd.runner.inputs import Int32, Request, Row
 from pd.runner.kv_pool import KvPool
-from pd.runner.logprobs import prompt_logprobs
+from pd.runner.orders import Orders
 from pd.runner.results import step_done
 from pd.runner.sampler import Sampled, needs_host, restricts, sample, wants_logprob
 from pd.types import SamplingParams
@@ -87,9 +86,9 @@ class DeviceWorker:
         by_torch: bool = False,
     ) -> None:
         """`group` query heads share a kv head. `by_torch`: attention without kernels, for comparison."""
-        self.table = RequestTable(pool.num_blocks)
-        self._model, self._pool, self._state, self._vocab, self._rank = model, pool, state, vocab_size, rank
-        self._digest, self._push, self._grammars = digest, push, grammars
+        self._orders = Orders(model, pool, vocab_size, push, grammars)
+        self.table = self._orders.table
+        self._model, self._pool, self._state, self._rank, self._digest = model, pool, state, rank, digest
         self._graphs: StepGraphs | None = None
         self._by_torch = by_torch
         self._device = state.state.last.device
@@ -128,10 +127,7 @@ class DeviceWorker:
         launched = self._pending.popleft()
         launched.resolve()
         order = launched.order
-        for push in order.pushes:
-            if self._push is None:
-                raise ProtocolError("pushes", "this runner has no transfer engine")
-            self._push(push)
+        self._orders.start_pushes(order)
         sampled = [launched.sampled.get(index) for index in range(len(launched.rows))]
         digests = launched.digests.numpy().tobytes() if launched.digests is not None else b""
         micros = int((time.perf_counter() - launched.started) * 1e6)
@@ -152,14 +148,8 @@ class DeviceWorker:
                 self._state.release(request)
         self.table.apply(order)
         self._state.admit([self.table.requests[admit.key] for admit in order.admit])
-        for admit in order.admit:
-            if admit.sampling.grammar:
-                self._constrain(admit.key)
-        for copy in order.copies:
-            blocks, size = self._pool.num_blocks, self._pool.shape.tokens
-            if not (0 <= copy.src < blocks and 0 <= copy.dst < blocks and 0 <= copy.tokens <= size):
-                raise ProtocolError("copies", f"{copy.tokens} tokens of block {copy.src} to {copy.dst}")
-            self._pool.copy(copy.src, copy.dst, copy.tokens)
+        self._orders.constrain(order)
+        self._orders.copy_blocks(order)
         return self._growth(order)
 
     def _growth(self, order: StepOrder) -> list[tuple[Request, int, int]]:
@@ -189,11 +179,6 @@ class DeviceWorker:
                 self._state.grow(request, place, block)
         return grown
 
-    def _constrain(self, key: int) -> None:
-        if self._grammars is None:
-            raise ProtocolError("admit", f"request {key}: this runner has no grammars")
-        self._grammars.constrain(self.table.requests[key])
-
     # --- computing ---
 
     def _compute(self, launched: Launched, grown: Mapping[int, int]) -> None:
@@ -205,7 +190,7 @@ class DeviceWorker:
         elif len(outcome.logits) > len(samples):  # a captured decode batch samples every row
             outcome = _of_rows(outcome, launched.wanted)
         if outcome.hidden is not None:
-            launched.prompts = self._prompt_logprobs(rows, outcome.hidden)
+            launched.prompts = self._orders.prompt_logprobs(rows, outcome.hidden)
         tokens: torch.Tensor | None = None
         logprobs: torch.Tensor | None = None
         if any(needs_host(row.request) for row in samples):
@@ -250,7 +235,7 @@ class DeviceWorker:
             earlier.resolve()
         rows = [launched.rows[index] for index in launched.wanted]
         requests = [row.request for row in rows]
-        forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
+        forbidden = self._orders.forbidden(requests)
         results = sample(requests, logits.float(), forbidden)
         for index, result in zip(launched.wanted, results, strict=True):
             launched.sampled[index] = result
@@ -282,27 +267,10 @@ class DeviceWorker:
         host.copy_(values, non_blocking=True)
         return host
 
-    def _prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[PromptRow]:
-        result = []
-        for index, row in enumerate(rows):
-            if row.request.logprob_start >= 0:
-                part = hidden[row.start : row.start + row.count]
-                logprobs = prompt_logprobs(self._model, part, row, self._vocab)
-                if logprobs is not None:
-                    result.append(PromptRow(index, logprobs))
-        return result
-
     def _launch_digests(self, launched: Launched) -> None:
-        order = launched.order
-        blocks = self.table.block_ids("complete_i32", order.complete_i32)
-        tokens = np.frombuffer(order.complete_tokens_i32, dtype=np.int32)
-        if len(blocks) != len(tokens):
-            raise ProtocolError("complete_tokens_i32", f"{len(tokens)} token counts for {len(blocks)} blocks")
-        if not len(blocks):
-            return
-        if self._digest is None:
-            raise ProtocolError("complete_i32", "this runner computes no digests")
-        launched.digests = self._to_host(self._digest(blocks, tokens))
+        blocks, tokens = self._orders.completed(launched.order, self._digest)
+        if len(blocks) and self._digest is not None:
+            launched.digests = self._to_host(self._digest(blocks, tokens))
 
 
 def _decode_rows(rows: Sequence[Row]) -> int:

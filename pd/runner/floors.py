@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from pd.kernels.bandwidth import read_all
+from pd.runner.timing import device_times
 
 #: Rows of the GEMMs that say what a prompt's can reach, and their weights' shapes (out, in) in Llama-3.1-8B.
 ROWS = 8192
@@ -44,18 +45,7 @@ class Floors:
 
 def seconds(run: Callable[[], object]) -> float:
     """Of one call on the device; the best of REPEATS."""
-    for _ in range(3):
-        run()
-    found = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(ROUNDS):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / ROUNDS)
-    return min(found)
+    return min(device_times(run, rounds=ROUNDS, repeats=REPEATS, warm_up=3))
 
 
 def measure(device: torch.device) -> Floors:
@@ -103,13 +93,8 @@ def _prompt_ms(device: torch.device) -> dict[int, float]:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             once = seconds(run)
             rounds = max(ROUNDS, int(STRETCH / once))
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(rounds):
-                run()
-            end.record()
-            end.synchronize()
-        found[tokens] = start.elapsed_time(end) / rounds
+            (spent,) = device_times(run, rounds=rounds, repeats=1, warm_up=0)
+        found[tokens] = 1e3 * spent
     return found
 
 

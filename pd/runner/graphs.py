@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pd.kernels.attention import DeviceBatch, PromptRow
+from pd.kernels.attention import PromptRow
 from pd.kernels.attention_plan import prompt_tiles, tile_tokens
 from pd.kernels.sampling_device import sample_rows
 from pd.kernels.step_rows import StepRows, gather_sampling, prepare_rows, store_last
@@ -26,6 +26,7 @@ from pd.runner.device_inputs import (
     fill_rows,
     fill_samples,
     fill_tiles,
+    row_batch,
     row_fields,
     sample_fields,
     view_rows,
@@ -166,31 +167,21 @@ class StepGraphs:
 
     def _decode(self, size: int, layout: Packed) -> Outcome:
         rows = view_rows(layout.of(self._inputs), self._tables[:size], size)
-        hidden = self._forward(rows, size)
+        hidden = self._forward(rows)
         return self._sample(self._model.logits(hidden), rows.slots, rows.lengths)
 
     def _prompt(self, tokens: int, layout: Packed) -> Outcome:
         fields = layout.of(self._inputs)
         rows = view_rows(fields, self._tables[:PROMPT_ROWS], 0)
-        hidden = self._forward(rows, 0, fields["starts"], fields["tiles"].view(-1, 2))
+        hidden = self._forward(rows, fields["starts"], fields["tiles"].view(-1, 2))
         logits = self._model.logits(hidden.index_select(0, fields["sample_rows"]))
         return self._sample(logits, fields["sample_slots"], fields["sample_lengths"], hidden)
 
     def _forward(
-        self, rows: StepRows, decode: int, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
+        self, rows: StepRows, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
     ) -> torch.Tensor:
         prepare_rows(self._state.state, rows, self._page)
-        batch = DeviceBatch(
-            positions=rows.positions,
-            blocks=rows.blocks,
-            offsets=rows.offsets,
-            tables=rows.tables,
-            lengths=rows.lengths,
-            decode=decode,
-            starts=starts,
-            tiles=tiles,
-            arrivals=self._state.arrivals,
-        )
+        batch = row_batch(rows, self._state.arrivals, starts, tiles)
         return self._model.forward(rows.tokens, batch, self._pool.layers)
 
     def _sample(

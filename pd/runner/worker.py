@@ -10,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pd.errors import ProtocolError
 from pd.messages import PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
 from pd.runner.grammar import Grammars
-from pd.runner.inputs import RequestTable, Row, StepInputs, build_inputs
+from pd.runner.inputs import Row, StepInputs, build_inputs
 from pd.runner.kv_pool import KvPool
-from pd.runner.logprobs import prompt_logprobs
+from pd.runner.orders import Orders
 from pd.runner.results import step_done
 from pd.runner.sampler import Sampled, sample
 
@@ -44,9 +43,9 @@ class Worker:
         ended: Callable[[None], None] = lambda event: None,
     ) -> None:
         """`ended` is told of each step that `launch` has computed."""
-        self.table = RequestTable(pool.num_blocks)
-        self._model, self._pool, self._vocab, self._rank = model, pool, vocab_size, rank
-        self._digest, self._push, self._grammars = digest, push, grammars
+        self._orders = Orders(model, pool, vocab_size, push, grammars)
+        self.table = self._orders.table
+        self._model, self._pool, self._rank, self._digest = model, pool, rank, digest
         self._results: deque[StepDone] = deque()
         self._ended = ended
 
@@ -63,44 +62,20 @@ class Worker:
     def step(self, order: StepOrder) -> StepDone:
         started = time.perf_counter()
         self.table.apply(order)
-        for admit in order.admit:
-            if admit.sampling.grammar:
-                self._constrain(admit.key)
-        for copy in order.copies:
-            self._copy(copy.src, copy.dst, copy.tokens)
+        self._orders.constrain(order)
+        self._orders.copy_blocks(order)
         inputs = build_inputs(self.table.rows(order), self._pool.shape.tokens)
         sampled: list[Sampled | None] = [None] * len(inputs.rows)
         prompts: list[PromptRow] = []
         if inputs.rows:
             hidden = self._model.forward(inputs.tokens, inputs.batch, self._pool.layers)
-            prompts = self._prompt_logprobs(inputs, hidden)
+            prompts = self._orders.prompt_logprobs(inputs.rows, hidden)
             sampled = self._sample(inputs, hidden)
             self._advance(inputs.rows, sampled)
         digests = self._digests(order)
-        self._start_pushes(order)
+        self._orders.start_pushes(order)
         micros = int((time.perf_counter() - started) * 1e6)
         return step_done(order, self._rank, inputs.rows, sampled, prompts, digests, micros)
-
-    def _constrain(self, key: int) -> None:
-        if self._grammars is None:
-            raise ProtocolError("admit", f"request {key}: this runner has no grammars")
-        self._grammars.constrain(self.table.requests[key])
-
-    def _copy(self, source: int, target: int, tokens: int) -> None:
-        blocks, size = self._pool.num_blocks, self._pool.shape.tokens
-        if not (0 <= source < blocks and 0 <= target < blocks and 0 <= tokens <= size):
-            raise ProtocolError("copies", f"{tokens} tokens of block {source} to {target}")
-        self._pool.copy(source, target, tokens)
-
-    def _prompt_logprobs(self, inputs: StepInputs, hidden: torch.Tensor) -> list[PromptRow]:
-        result = []
-        for index, row in enumerate(inputs.rows):
-            if row.request.logprob_start >= 0:
-                part = hidden[row.start : row.start + row.count]
-                logprobs = prompt_logprobs(self._model, part, row, self._vocab)
-                if logprobs is not None:
-                    result.append(PromptRow(index, logprobs))
-        return result
 
     def _sample(self, inputs: StepInputs, hidden: torch.Tensor) -> list[Sampled | None]:
         wanted = [index for index, row in enumerate(inputs.rows) if row.sample]
@@ -109,7 +84,7 @@ class Worker:
             last = torch.tensor([inputs.rows[index].start + inputs.rows[index].count - 1 for index in wanted])
             logits = self._model.logits(hidden[last]).float()
             requests = [inputs.rows[index].request for index in wanted]
-            forbidden = self._grammars.forbidden(requests) if self._grammars is not None else {}
+            forbidden = self._orders.forbidden(requests)
             for index, result in zip(wanted, sample(requests, logits, forbidden), strict=True):
                 sampled[index] = result
         return sampled
@@ -126,18 +101,7 @@ class Worker:
                     row.request.constraint.advance(result.tokens[0])
 
     def _digests(self, order: StepOrder) -> bytes:
-        blocks = self.table.block_ids("complete_i32", order.complete_i32)
-        tokens = np.frombuffer(order.complete_tokens_i32, dtype=np.int32)
-        if len(blocks) != len(tokens):
-            raise ProtocolError("complete_tokens_i32", f"{len(tokens)} token counts for {len(blocks)} blocks")
-        if not len(blocks):
+        blocks, tokens = self._orders.completed(order, self._digest)
+        if not len(blocks) or self._digest is None:
             return b""
-        if self._digest is None:
-            raise ProtocolError("complete_i32", "this runner computes no digests")
         return self._digest(blocks, tokens).astype(np.uint64).tobytes()
-
-    def _start_pushes(self, order: StepOrder) -> None:
-        for push in order.pushes:
-            if self._push is None:
-                raise ProtocolError("pushes", "this runner has no transfer engine")
-            self._push(push)

@@ -38,6 +38,7 @@ from pd.kernels.attention_prefill_triton import PromptConfig, prompt_attention, 
 from pd.kernels.attention_triton import DecodeConfig, decode_attention, processors  # noqa: E402
 from pd.kernels.spans import as_words  # noqa: E402
 from pd.kernels.spans_triton import prepare_pass  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 
 QUERY_HEADS, KV_HEADS, DIM, PAGE, LAYERS = 32, 8, 128, 32, 8
 BLOCKS = 8192  # of 1 MiB
@@ -70,17 +71,7 @@ def graph_seconds(runs: Sequence[Run]) -> float:
 
 def device_seconds(run: Run, rounds: int = 5) -> float:
     """Per run on the device, the median of REPEATS."""
-    run()
-    found = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(rounds):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / rounds)
-    return float(np.median(found))
+    return float(np.median(device_times(run, rounds=rounds, repeats=REPEATS, warm_up=1)))
 
 
 def name(config: DecodeConfig | PromptConfig) -> str:

@@ -35,6 +35,7 @@ from pd.kernels.spans import as_words  # noqa: E402
 from pd.kernels.spans_triton import prepare_pass  # noqa: E402
 from pd.runner.cuda_ipc import IDLE_PROGRAMS  # noqa: E402
 from pd.runner.cuda_memory import CudaMemory, device_bytes  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 from pd.testing.transfer_peer import RemoteSide  # noqa: E402
 from tests.gpu.cuda_side import CudaSide  # noqa: E402
 
@@ -49,17 +50,7 @@ LAYERS, BATCH, KV_BYTES = 32, 64, 256 * MIB
 
 def device_seconds(run: Callable[[], object], rounds: int) -> float:
     """Per run on the device, the median of three."""
-    run()
-    found = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(rounds):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / rounds)
-    return float(np.median(found))
+    return float(np.median(device_times(run, rounds=rounds, repeats=3, warm_up=1)))
 
 
 class Pulls:

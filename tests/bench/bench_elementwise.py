@@ -33,6 +33,7 @@ from pd.kernels.launch import launch_options, pdl_supported  # noqa: E402
 from pd.kernels.norm_triton import run_norm  # noqa: E402
 from pd.kernels.rope import QkNorm  # noqa: E402
 from pd.kernels.rope_triton import run_rope_tables, run_rope_write  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 
 HIDDEN, INTERMEDIATE, Q_HEADS, KV_HEADS = 4096, 14336, 32, 8
 BLOCK_TOKENS, LAYERS = 32, 32
@@ -54,15 +55,7 @@ def graph_seconds(run: Callable[[], object], copies: int) -> float:
     with torch.cuda.graph(graph):
         for _ in range(copies):
             run()
-    found = []
-    for _ in range(REPEATS + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / copies)
-    return float(np.median(found[2:]))
+    return float(np.median(device_times(graph.replay, rounds=1, repeats=REPEATS, warm_up=2))) / copies
 
 
 def copy_rate(nbytes: int) -> float:

@@ -26,6 +26,7 @@ from pd.kernels.block_copy import copy_and_digest  # noqa: E402
 from pd.kernels.digest import digest_spans  # noqa: E402
 from pd.kernels.spans import as_words  # noqa: E402
 from pd.kernels.spans_triton import prepare_pass  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
 ROUNDS, REPEATS = 10, 5
@@ -33,18 +34,7 @@ ROUNDS, REPEATS = 10, 5
 
 def device_seconds(run: Callable[[], object]) -> float:
     """Per run on the device, the median of REPEATS."""
-    for _ in range(3):
-        run()
-    found = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(ROUNDS):
-            run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / ROUNDS)
-    return float(np.median(found))
+    return float(np.median(device_times(run, rounds=ROUNDS, repeats=REPEATS, warm_up=3)))
 
 
 def whole_seconds(run: Callable[[], object]) -> float:

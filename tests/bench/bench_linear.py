@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from pd.kernels import linear_triton  # noqa: E402
 from pd.kernels.linear_configs import Config, Row, Stream, config_for  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 from tests.bench.linear_jobs import (  # noqa: E402
     LAYER,
     PROCESSORS,
@@ -187,17 +188,7 @@ class Bench:
         graph.capture_begin(self._pool)
         run()
         graph.capture_end()
-        graph.replay()
-        found = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(replays):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3 / replays)
-        return statistics.median(found)
+        return statistics.median(device_times(graph.replay, rounds=replays, repeats=repeats, warm_up=1))
 
     def alone(self, shape: str, rows: int, call: Callable[[torch.Tensor, torch.Tensor], object]) -> float:
         """Seconds of one call."""

@@ -27,6 +27,7 @@ from pd.kernels.cuts_triton import find_cuts  # noqa: E402
 from pd.kernels.sampling_device import sample_rows  # noqa: E402
 from pd.kernels.sampling_triton import pick_pass  # noqa: E402
 from pd.kernels.shaping import Penalties, apply_penalties, forbid_rows  # noqa: E402
+from pd.runner.timing import device_times  # noqa: E402
 from tests.sampling_kit import device_sampling  # noqa: E402
 
 ROUNDS, REPEATS = 10, 5
@@ -53,15 +54,7 @@ def microseconds(run: Callable[[], object]) -> float:
     with torch.cuda.graph(graph):
         for _ in range(ROUNDS):
             run()
-    found = []
-    for _ in range(REPEATS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) * 1e3 / ROUNDS)
-    return float(np.median(found[1:]))
+    return 1e6 / ROUNDS * float(np.median(device_times(graph.replay, rounds=1, repeats=REPEATS, warm_up=1)))
 
 
 def make_logits(rows: int, options: argparse.Namespace, peaked: bool) -> torch.Tensor:

@@ -23,26 +23,25 @@ KIB = 1 << 10
 BLOCK, SIZE = 4 * KIB, 256 * KIB
 
 
-class TestDirectDevice(TransferConformance):
+class Direct(TransferConformance):
     factory = "pd.transfer.plugin:make_direct"
     secret = "cluster secret"
-    side = DeviceSide
     receiver_driven = True
     authenticates = True
+
+
+class TestDirectDevice(Direct):
+    side = DeviceSide
 
     def test_bytes_go_by_the_devices_way(self) -> None:
         self.connected("there")
         assert self.here.ways() == {"device": 1}  # type: ignore[attr-defined]
 
 
-class TestDirectStaged(TransferConformance):
+class TestDirectStaged(Direct):
     """No memory can be mapped."""
 
-    factory = "pd.transfer.plugin:make_direct"
-    secret = "cluster secret"
     side = UnmappableSide
-    receiver_driven = True
-    authenticates = True
 
     def test_bytes_are_served_over_the_connection(self) -> None:
         self.connected("there")
