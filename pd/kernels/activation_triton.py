@@ -12,8 +12,8 @@ WARPS = 4
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """gate_up [T, 2 COLUMNS], its rows `stride` apart; out [T, COLUMNS], contiguous.
+def silu_mul_kernel(gate_up, scale, out, stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """gate_up [T, 2 COLUMNS], its rows `stride` apart; scale float32[T] or None; out [T, COLUMNS], contiguous.
 
     In float32; silu is rounded to the type of both before the product, as torch does.
     """
@@ -28,12 +28,16 @@ def silu_mul_kernel(gate_up, out, stride, COLUMNS: tl.constexpr, BLOCK: tl.const
     place = gate_up + row * stride + columns
     gate = tl.load(place, mask=seen)
     up = tl.load(place + COLUMNS, mask=seen)
+    if scale is not None:
+        factor = tl.load(scale + row)
+        gate = (gate.to(tl.float32) * factor).to(gate.dtype)
+        up = (up.to(tl.float32) * factor).to(up.dtype)
     wide = gate.to(tl.float32)
     silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
     tl.store(out + row * COLUMNS + columns, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=seen)
 
 
-def run_silu_mul(gate_up: torch.Tensor, pdl: bool) -> torch.Tensor:
+def run_silu_mul(gate_up: torch.Tensor, pdl: bool, scale: torch.Tensor | None = None) -> torch.Tensor:
     """[T, 2 I] -> [T, I]. Rows may be any distance apart, their elements are neighbours; else ValueError."""
     rows, width = gate_up.shape
     if width % 2 or gate_up.stride(1) != 1:
@@ -43,7 +47,7 @@ def run_silu_mul(gate_up: torch.Tensor, pdl: bool) -> torch.Tensor:
     block = block_of(rows)
     with torch.cuda.device_of(gate_up):
         silu_mul_kernel[(rows * triton.cdiv(columns, block),)](
-            gate_up, out, gate_up.stride(0), COLUMNS=columns, BLOCK=block, **launch_options(WARPS, pdl=pdl)
+            gate_up, scale, out, gate_up.stride(0), COLUMNS=columns, BLOCK=block, **launch_options(WARPS, pdl=pdl)
         )
     return out
 

@@ -82,7 +82,8 @@ class DeviceBatch:
     row attends to, its own included; 0 for a row that only fills a bucket. `starts` and `tiles` describe `prompts`, if
     there are any, to the device: `starts` int32[len(prompts) + 1], the flat row of each one's first token and the last
     one's end; `tiles`, what `prompt_tiles` makes. `arrivals` int32[decode * kv heads or more], zero before and after
-    every use, saves decode attention a launch; it may serve all batches that run one after the other.
+    every use, saves decode attention a launch; it may serve all batches that run one after the other. `whole`: all T
+    tokens are one prompt without a prefix, and what fills up the batch behind it.
     """
 
     positions: torch.Tensor
@@ -95,6 +96,7 @@ class DeviceBatch:
     starts: torch.Tensor | None = None
     tiles: torch.Tensor | None = None
     arrivals: torch.Tensor | None = None
+    whole: bool = False
     by_torch: bool = False  # without kernels, for comparison
 
     @cached_property

@@ -9,7 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pd.kernels.attention import DeviceBatch, Heads, LayerKv, PromptRow
-from pd.kernels.attention_plan import FRESH_LENGTHS, fresh_length, tile_count, tile_tokens
+from pd.kernels.attention_plan import (
+    FRESH_LENGTHS,
+    fresh_counts,
+    fresh_length,
+    fresh_runs,
+    tile_count,
+    tile_tokens,
+)
 from pd.kernels.attention_prefill_triton import prompt_attention
 from pd.kernels.attention_triton import decode_attention
 
@@ -21,60 +28,77 @@ def paged_attention(heads: Heads, kv: LayerKv, batch: DeviceBatch, scale: float,
     """See `pd.kernels.attention.paged_attention`. Nothing here waits for the device."""
     _check(heads, kv, batch)
     q = heads.q
+    if batch.whole and takes_fresh(q.dtype, q.shape[2]) and not 0 < window < len(q):
+        return _causal(heads, 1, scale).flatten(1)
     fresh = batch.fresh if _takes_fresh(q, window, batch) else ()
-    if len(fresh) == 1 and fresh[0].count == len(q) == fresh_length(fresh[0]):
-        return _fresh_attention(heads, fresh[0], scale).flatten(1)
+    runs = fresh_runs(fresh)
+    if len(runs) == 1 and sum(prompt.count for prompt in fresh) == len(q) == len(fresh) * fresh_length(fresh[0]):
+        return _causal(heads, len(fresh), scale).flatten(1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     decode_attention(q, kv, batch, out, scale, window)
     if batch.tiles is not None:
         tokens = tile_tokens(q.shape[1] // kv.k.shape[1])
         tiles = batch.tiles[: len(batch.tiles) - sum(tile_count(prompt, tokens) for prompt in fresh)]
         prompt_attention(q, kv, batch, out, scale, window, tiles)
-    for prompt in fresh:
-        out[prompt.start : prompt.start + prompt.count] = _fresh_attention(heads, prompt, scale)[: prompt.count]
+    for run in runs:
+        _fresh_attention(heads, run, scale, out)
     return out.flatten(1)
 
 
 def warm_fresh(heads: Heads, scale: float, most: int) -> None:
-    """Have cuDNN plan for all lengths up to `most` that prompts without a prefix are served in, in this thread.
+    """Have cuDNN plan for all that prompts without a prefix are served in, in this thread, up to `most` tokens each.
 
-    `heads`: at least `most` tokens, in the layout of a step's.
+    `heads`: at least as many tokens as FRESH_TOKENS and `most`, in the layout of a step's.
     """
     for length in FRESH_LENGTHS:
-        if length <= most:
-            _fresh_attention(heads, PromptRow(0, length, length), scale)
+        for count in fresh_counts(length) if length <= most else ():
+            _causal(Heads(*(tensor[: count * length] for tensor in heads)), count, scale)
+
+
+def takes_fresh(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether cuDNN attends to prompts without a prefix, of those lengths that it is planned for."""
+    return dtype != torch.float32 and head_dim <= 256 and head_dim % 8 == 0
 
 
 def _takes_fresh(q: torch.Tensor, window: int, batch: DeviceBatch) -> bool:
     limited = window and any(prompt.context > window for prompt in batch.fresh)
-    return q.dtype != torch.float32 and q.shape[2] <= 256 and q.shape[2] % 8 == 0 and not limited
+    return takes_fresh(q.dtype, q.shape[2]) and not limited
 
 
-def _fresh_attention(heads: Heads, prompt: PromptRow, scale: float) -> torch.Tensor:
-    """[length, Hq, D], of which the first `count` are the prompt's."""
-    length = fresh_length(prompt)
-    end = prompt.start + prompt.count
-    rows = [tensor[prompt.start : end] for tensor in heads]
-    if length > prompt.count:
-        rows = _padded(rows, length)
-    q, k, v = (tensor.transpose(0, 1)[None] for tensor in rows)
+def _fresh_attention(heads: Heads, run: Sequence[PromptRow], scale: float, out: torch.Tensor) -> None:
+    """Of prompts side by side, all of one `fresh_length`, into their rows of `out` [T, Hq, D]."""
+    length, begin, end = fresh_length(run[0]), run[0].start, run[-1].start + run[-1].count
+    rows = Heads(*(tensor[begin:end] for tensor in heads))
+    if end - begin == len(run) * length:
+        out[begin:end] = _causal(rows, len(run), scale)
+        return
+    found = _causal(_padded(rows, run, length), len(run), scale)
+    for index, prompt in enumerate(run):
+        out[prompt.start : prompt.start + prompt.count] = found[index * length :][: prompt.count]
+
+
+def _causal(heads: Heads, count: int, scale: float) -> torch.Tensor:
+    """[T, Hq, D]: attention of `count` prompts of equal length, side by side, each to itself."""
+    q, k, v = (tensor.unflatten(0, (count, -1)).transpose(1, 2) for tensor in heads)
     with sdpa_kernel(BACKENDS, set_priority=True):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(rows: Sequence[torch.Tensor], length: int) -> list[torch.Tensor]:
-    """[length, ...] each, views of one tensor as they were. Zeros follow, which no query of the prompt sees.
+def _padded(rows: Heads, run: Sequence[PromptRow], length: int) -> Heads:
+    """[len(run) * length, ...] each, views of one tensor as they were. Zeros follow each prompt, and none of its
 
-    The batch's following rows would do, but another request's may be NaN, and a weight of 0 times NaN is NaN.
+    queries sees them. The batch's following rows would do, but another request's may be NaN, and a weight of 0 times
+    NaN is NaN.
     """
     heads = [tensor.shape[1] for tensor in rows]
-    fused = rows[0].new_empty(length, sum(heads), rows[0].shape[2])
-    count = len(rows[0])
-    for part, tensor in zip(fused[:count].split(heads, dim=1), rows, strict=True):
-        part.copy_(tensor)
-    fused[count:].zero_()
-    return list(fused.split(heads, dim=1))
+    fused = rows.q.new_empty(len(run) * length, sum(heads), rows.q.shape[2])
+    for index, prompt in enumerate(run):
+        place, begin = index * length, prompt.start - run[0].start
+        for part, tensor in zip(fused.split(heads, dim=1), rows, strict=True):
+            part[place : place + prompt.count] = tensor[begin : begin + prompt.count]
+        fused[place + prompt.count : place + length] = 0
+    return Heads(*fused.split(heads, dim=1))
 
 
 def _check(heads: Heads, kv: LayerKv, batch: DeviceBatch) -> None:

@@ -18,6 +18,10 @@ TILE_ROWS = 128
 #: prompts a little shorter are padded; others are left to the paged kernel, as are those too short to gain.
 FRESH_LENGTHS = (1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384)
 
+#: Prompts of one length side by side go to cuDNN together, up to so many tokens: alone a short one leaves most of the
+#: GPU without work. As each number is planned by itself, there are 1, 2, 4, … of them.
+FRESH_TOKENS = 8192
+
 #: Least share of a length that a prompt fills: cost grows with the square, and cuDNN is not twice as fast.
 FRESH_SHARE = 0.85
 
@@ -61,6 +65,32 @@ def fresh_length(prompt: PromptRow) -> int:
         return 0
     length = next((length for length in FRESH_LENGTHS if length >= prompt.count), 0)
     return length if prompt.count >= length * FRESH_SHARE else 0
+
+
+def fresh_counts(length: int) -> list[int]:
+    """How many prompts of that length cuDNN attends to at once: each of 1, 2, 4, … that is planned, ascending."""
+    counts = [1]
+    while 2 * counts[-1] * length <= FRESH_TOKENS:
+        counts.append(2 * counts[-1])
+    return counts
+
+
+def fresh_runs(prompts: Sequence[PromptRow]) -> list[tuple[PromptRow, ...]]:
+    """`prompts`, all of a fresh length, divided into those that cuDNN attends to at once: neighbours in the batch."""
+    runs: list[tuple[PromptRow, ...]] = []
+    begin = 0
+    while begin < len(prompts):
+        length, end = fresh_length(prompts[begin]), begin + 1
+        while end < len(prompts) and fresh_length(prompts[end]) == length and _follows(prompts[end - 1], prompts[end]):
+            end += 1
+        count = max(count for count in fresh_counts(length) if count <= end - begin)
+        runs.append(tuple(prompts[begin : begin + count]))
+        begin += count
+    return runs
+
+
+def _follows(one: PromptRow, other: PromptRow) -> bool:
+    return one.start + one.count == other.start
 
 
 def tile_tokens(group: int) -> int:

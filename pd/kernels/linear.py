@@ -19,6 +19,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return linear_triton.launch(x, weight, bias, config)
 
 
+def add_linear(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """residual [T, N] += x [T, K] weight[N, K]^T, rounded once; for many rows (cuBLAS reads the residual while it
+    multiplies).
+    """
+    torch.addmm(residual, x, weight.t(), out=residual)
+
+
 def _config(x: torch.Tensor, weight: torch.Tensor) -> Config | None:
     """The launch of a kernel; None where torch does it."""
     if not x.is_cuda or x.dim() != 2 or x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:

@@ -24,7 +24,8 @@ def norm_kernel(
     columns = tl.arange(0, BLOCK)
     seen = columns < COLUMNS
     row = tl.program_id(0).to(tl.int64)
-    gain = tl.load(weight + columns, mask=seen, other=0)
+    if weight is not None:
+        gain = tl.load(weight + columns, mask=seen, other=0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -34,13 +35,40 @@ def norm_kernel(
         value = (tl.load(place, mask=seen, other=0).to(tl.float32) + value.to(tl.float32)).to(value.dtype)
         tl.store(place, value, mask=seen)
     wide = value.to(tl.float32)
-    scaled = wide * tl.rsqrt(tl.sum(wide * wide) / COLUMNS + eps)
-    normed = gain.to(tl.float32) * scaled.to(value.dtype).to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide) / COLUMNS + eps)
+    if weight is not None:
+        normed = gain.to(tl.float32) * normed.to(value.dtype).to(tl.float32)
     tl.store(out + row * COLUMNS + columns, normed.to(value.dtype), mask=seen)
 
 
+@triton.jit
+def scale_kernel(x, out, stride, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out float32[T]: the reciprocal of each row's root mean square."""
+    columns = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    wide = tl.load(x + row * stride + columns, mask=columns < COLUMNS, other=0).to(tl.float32)
+    tl.store(out + row, tl.rsqrt(tl.sum(wide * wide) / COLUMNS + eps))
+
+
+def run_scale(x: torch.Tensor, eps: float, pdl: bool) -> torch.Tensor:
+    """float32[T] of x [T, H]; rows may be any distance apart, their elements are neighbours, else ValueError."""
+    rows, columns = x.shape
+    if x.stride(1) != 1 or columns > MAX_COLUMNS:
+        raise ValueError(f"x is [T, H] with contiguous rows of at most {MAX_COLUMNS} elements")
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(columns)
+    with torch.cuda.device_of(x):
+        scale_kernel[(rows,)](
+            x, out, x.stride(0), eps, COLUMNS=columns, BLOCK=block, **launch_options(warps(block), pdl=pdl)
+        )
+    return out
+
+
 def run_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, pdl: bool
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float, pdl: bool
 ) -> torch.Tensor:
     """rms_norm of x [T, H], or of x + `residual`, which is overwritten with the sum.
 
@@ -48,9 +76,11 @@ def run_norm(
     """
     rows, columns = x.shape
     given = (x,) if residual is None else (x, residual)
-    if any(one.shape != x.shape or one.stride(1) != 1 or one.dtype != weight.dtype for one in given):
+    dtype = x.dtype if weight is None else weight.dtype
+    if any(one.shape != x.shape or one.stride(1) != 1 or one.dtype != dtype for one in given):
         raise ValueError("x and residual are [T, H] with contiguous rows, of the weight's dtype")
-    if weight.shape != (columns,) or not weight.is_contiguous() or columns > MAX_COLUMNS:
+    whole = weight is None or (weight.shape == (columns,) and weight.is_contiguous())
+    if not whole or columns > MAX_COLUMNS:
         raise ValueError(f"the weight is contiguous, [{columns}], of at most {MAX_COLUMNS} elements")
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(columns)

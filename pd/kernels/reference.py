@@ -19,22 +19,29 @@ if TYPE_CHECKING:
 _SCORES_PER_TILE = 1 << 20
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(x.float().square().mean(-1) + eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    normed = (x.float() * rms_scale(x, eps)[..., None]).to(x.dtype)
+    return normed if weight is None else weight * normed
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     residual += x
     return rms_norm(residual, weight, eps), residual
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
+def silu_mul(gate_up: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    gate, up = scaled(gate_up, scale).chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def scaled(rows: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return rows if scale is None else (rows.float() * scale[:, None]).to(rows.dtype)
 
 
 def rope_tables(
@@ -51,10 +58,11 @@ def rope_write_kv(
     kv: LayerKv,
     batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens = qkv.shape[0]
     kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
-    heads = qkv.view(tokens, -1, head_dim)
+    heads = scaled(qkv, scale).view(tokens, -1, head_dim)
     v = heads[:, -kv_heads:]
     qk = heads[:, :-kv_heads]
     if norm is not None:

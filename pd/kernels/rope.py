@@ -40,15 +40,16 @@ def rope_write_kv(
     kv: LayerKv,
     batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None = None,
+    scale: torch.Tensor | None = None,
 ) -> Heads:
     """Normalise (with `norm`) and rotate q and k of each token, store k and v at the token's slot, return q, k and v.
 
     qkv [T, (Hq + 2 Hkv) * D] is the fused projection's output (q heads, k heads, v heads). It is consumed: on a GPU it
-    is overwritten, and what is returned are views of it.
+    is overwritten, and what is returned are views of it. With `scale` float32[T] each row is first multiplied by it.
     Rotation is done in float32, halves apart (as in transformers' rotate_half), and stored in the cache's dtype.
     """
     if not qkv.is_cuda:
-        return Heads(*reference.rope_write_kv(qkv, cos, sin, kv, batch, norm))
+        return Heads(*reference.rope_write_kv(qkv, cos, sin, kv, batch, norm, scale))
     from pd.kernels.rope_triton import run_rope_write
 
-    return Heads(*run_rope_write(qkv, cos, sin, kv, batch, norm, pdl_supported(qkv.device)))
+    return Heads(*run_rope_write(qkv, cos, sin, kv, batch, norm, pdl_supported(qkv.device), scale))

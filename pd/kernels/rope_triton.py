@@ -46,12 +46,13 @@ def _store(cache, slot, heads, lanes, head_stride, dim_stride, first, second, se
 
 @triton.jit(do_not_specialize_on_alignment=["blocks", "offsets"])
 def rope_write_kernel(
-    qkv, cos, sin, q_gain, k_gain, eps, blocks, offsets, k_cache, v_cache, stride,
+    qkv, scale, cos, sin, q_gain, k_gain, eps, blocks, offsets, k_cache, v_cache, stride,
     k_block, k_head, k_token, k_dim, v_block, v_head, v_token, v_dim,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """qkv [T, (Q_HEADS + 2 KV_HEADS) * 2 PAIRS], its rows `stride` apart; cos, sin [T, PAIRS], contiguous.
+    """qkv [T, (Q_HEADS + 2 KV_HEADS) * 2 PAIRS], its rows `stride` apart; cos, sin [T, PAIRS], contiguous. Rows
+    are first multiplied by scale float32[T], unless it is None.
 
     The programs of a token take HEADS heads each: of queries, then of keys, then of values. A program alone reads and
     writes its heads, and a thread holds both elements of a pair, so that rotation in place disturbs nobody.
@@ -82,11 +83,18 @@ def rope_write_kernel(
     places = qkv + token * stride + (begin + heads)[:, None] * (2 * PAIRS) + lanes[None, :]
     first = tl.load(places, mask=seen, other=0)
     second = tl.load(places + PAIRS, mask=seen, other=0)
+    if scale is not None:
+        factor = tl.load(scale + token)
+        first = (first.to(tl.float32) * factor).to(first.dtype)
+        second = (second.to(tl.float32) * factor).to(second.dtype)
     block = tl.load(blocks + token).to(tl.int64)
     offset = tl.load(offsets + token).to(tl.int64)
     if is_v:
         slot = block * v_block + offset * v_token
         _store(v_cache, slot, heads, lanes, v_head, v_dim, first, second, seen, PAIRS)
+        if scale is not None:
+            tl.store(places, first, mask=seen)
+            tl.store(places + PAIRS, second, mask=seen)
     else:
         c = tl.load(cos + token * PAIRS + pairs, mask=seen, other=0)
         s = tl.load(sin + token * PAIRS + pairs, mask=seen, other=0)
@@ -94,9 +102,9 @@ def rope_write_kernel(
         a = first.to(tl.float32)
         b = second.to(tl.float32)
         if q_gain is not None:
-            scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * PAIRS) + eps)[:, None]
-            a = (first_gain * (a * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
-            b = (second_gain * (b * scale).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+            unit = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * PAIRS) + eps)[:, None]
+            a = (first_gain * (a * unit).to(kind).to(tl.float32)).to(kind).to(tl.float32)
+            b = (second_gain * (b * unit).to(kind).to(tl.float32)).to(kind).to(tl.float32)
         first = (a * c - b * s).to(kind)
         second = (b * c + a * s).to(kind)
         tl.store(places, first, mask=seen)
@@ -130,6 +138,7 @@ def run_rope_write(
     batch: AttentionBatch | DeviceBatch,
     norm: QkNorm | None,
     pdl: bool,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `pd.kernels.rope.rope_write_kv`: rotates in `qkv` and returns q, k, v as views of it.
 
@@ -145,7 +154,7 @@ def run_rope_write(
     shape = {"Q_HEADS": q_heads, "KV_HEADS": kv_heads, "PAIRS": pairs, "BLOCK": block, "HEADS": heads}
     with torch.cuda.device_of(qkv):
         rope_write_kernel[(tokens, parts)](
-            qkv, cos, sin, *gains, batch.blocks, batch.offsets, kv.k, kv.v, qkv.stride(0),
+            qkv, scale, cos, sin, *gains, batch.blocks, batch.offsets, kv.k, kv.v, qkv.stride(0),
             *kv.k.stride(), *kv.v.stride(), **shape, **launch_options(warps, pdl=pdl),
         )  # fmt: skip
     whole = qkv.unflatten(1, (-1, head_dim))

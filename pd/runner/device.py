@@ -12,6 +12,7 @@ from pd.abc import DeviceMemory, TransferBackend
 from pd.config import STEP_TOKENS
 from pd.errors import ConfigError
 from pd.kernels.attention import Heads
+from pd.kernels.attention_plan import FRESH_TOKENS
 from pd.messages import Push, StepDone, StepOrder
 from pd.models.checkpoint import read_checkpoint
 from pd.models.registry import Model
@@ -203,10 +204,12 @@ class Gpu:
 
 @torch.inference_mode()
 def _plan_attention(info: ModelInfo, device: torch.device) -> None:
-    """cuDNN makes a plan for each length of a prompt: now, and not while somebody waits."""
+    """cuDNN makes a plan for each length and number of prompts: now, and not while somebody waits."""
     most = min(LONGEST_STEP, info.context_length)
     counts = info.num_heads, info.num_kv_heads, info.num_kv_heads
-    fused = torch.zeros(most, sum(counts), info.head_dim, dtype=TORCH_DTYPES[info.dtype], device=device)
+    fused = torch.zeros(
+        max(most, FRESH_TOKENS), sum(counts), info.head_dim, dtype=TORCH_DTYPES[info.dtype], device=device
+    )
     from pd.kernels.attention_device import warm_fresh  # needs triton
 
     warm_fresh(Heads(*fused.split(counts, dim=1)), info.head_dim**-0.5, most)

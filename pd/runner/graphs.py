@@ -1,15 +1,16 @@
 """Steps as CUDA graphs: one launch for all kernels, from the rows that the host sends to the sampled tokens.
 
 A decode batch is filled up to the next captured number of rows, a step of short prompts to the next captured number of
-tokens. Both exist because a launch takes the host 10 to 40 us: without graphs, more than the device needs for a layer
-of a decode step or of a few hundred prompt tokens. Every graph samples greedily or by temperature, as most steps do;
-others take its logits and sample once more.
+tokens; one such prompt without a prefix has graphs of its own, with cuDNN's attention. All exist because a launch takes
+the host 10 to 40 us: without graphs, more than the device needs for a layer of a decode step or of a few hundred prompt
+tokens. Every graph samples greedily or by temperature, as most steps do; others take its logits and sample once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ _FINE = 32
 #: Tokens of prompt steps that are captured: where the host would need longer than the device.
 PROMPT_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
-#: Prompts in such a step.
+#: Tokens of steps of one prompt without a prefix.
+FRESH_SIZES = tuple(tokens for tokens in PROMPT_TOKENS if tokens >= 128)
+
+#: Prompts in a step of prompts.
 PROMPT_ROWS = 16
 
 
@@ -92,11 +96,17 @@ class StepGraphs:
         self._decode_sizes, self._prompt_sizes = graph_sizes(batch), PROMPT_TOKENS
         layouts = {("decode", size): Packed(row_fields(size, size)) for size in self._decode_sizes}
         layouts |= {("prompts", size): Packed(self._prompt_fields(size)) for size in self._prompt_sizes}
+        layouts |= {("fresh", size): Packed(self._prompt_fields(size)) for size in FRESH_SIZES}
         device = state.state.last.device
         words = max(layout.words for layout in layouts.values())
         self._inputs = torch.zeros(words, dtype=torch.int32, device=device)
         rows = max(batch, PROMPT_ROWS)
         self._tables = torch.zeros(rows, state.width, dtype=torch.int32, device=device)
+        self._runs: dict[str, Callable[[int, Packed], Outcome]] = {
+            "decode": self._decode,
+            "prompts": self._prompt,
+            "fresh": partial(self._prompt, whole=True),
+        }
         self._graphs: dict[tuple[str, int], _Captured] = {}
         self._capture(layouts, progress)
 
@@ -115,7 +125,10 @@ class StepGraphs:
     def prompts(self, rows: Sequence[Row]) -> Outcome | None:
         """A step of prompts alone; None where it is not captured."""
         tokens = rows[-1].start + rows[-1].count
-        captured = self._find("prompts", self._prompt_sizes, tokens)
+        if len(rows) == 1 and rows[0].first == 0 and tokens >= FRESH_SIZES[0]:
+            captured = self._find("fresh", FRESH_SIZES, tokens)
+        else:
+            captured = self._find("prompts", self._prompt_sizes, tokens)
         if captured is None or len(rows) > PROMPT_ROWS:
             return None
         memory, host = captured.layout.on_host()
@@ -154,7 +167,7 @@ class StepGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for done, kind in enumerate(order):
-                run = self._decode if kind[0] == "decode" else self._prompt
+                run = self._runs[kind[0]]
                 run(kind[1], layouts[kind])  # compiles what is not compiled yet
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, which move blocks, may go on.
@@ -170,18 +183,22 @@ class StepGraphs:
         hidden = self._forward(rows)
         return self._sample(self._model.logits(hidden), rows.slots, rows.lengths)
 
-    def _prompt(self, tokens: int, layout: Packed) -> Outcome:
+    def _prompt(self, tokens: int, layout: Packed, whole: bool = False) -> Outcome:
         fields = layout.of(self._inputs)
         rows = view_rows(fields, self._tables[:PROMPT_ROWS], 0)
-        hidden = self._forward(rows, fields["starts"], fields["tiles"].view(-1, 2))
+        hidden = self._forward(rows, fields["starts"], fields["tiles"].view(-1, 2), whole)
         logits = self._model.logits(hidden.index_select(0, fields["sample_rows"]))
         return self._sample(logits, fields["sample_slots"], fields["sample_lengths"], hidden)
 
     def _forward(
-        self, rows: StepRows, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
+        self,
+        rows: StepRows,
+        starts: torch.Tensor | None = None,
+        tiles: torch.Tensor | None = None,
+        whole: bool = False,
     ) -> torch.Tensor:
         prepare_rows(self._state.state, rows, self._page)
-        batch = row_batch(rows, self._state.arrivals, starts, tiles)
+        batch = replace(row_batch(rows, self._state.arrivals, starts, tiles), whole=whole)
         return self._model.forward(rows.tokens, batch, self._pool.layers)
 
     def _sample(

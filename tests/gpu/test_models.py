@@ -86,7 +86,7 @@ class Ask:
 
 
 #: A prompt alone of a length that cuDNN takes as it is, and one that it takes padded; chunks; a cached prefix; batches
-#: of one to twelve, with and without prompts; then such that a graph samples itself.
+#: of one to twelve, with and without prompts; then such that a graph samples itself; and short prompts alone.
 TRAFFIC = (
     Ask(0, 1024, 34, scored=True),
     Ask(2, 37, 30, chunk=16, scored=True),
@@ -106,6 +106,8 @@ TRAFFIC = (
     Ask(51, 1, 14, PLAIN),
     Ask(52, 90, 14, WARM),
     Ask(53, 17, 8, PLAIN),
+    Ask(80, 333, 5, PLAIN, scored=True),
+    Ask(90, 600, 5),
 )
 GREEDY_KEYS = [key for key, ask in enumerate(TRAFFIC) if ask.sampling in (GREEDY, PLAIN)]
 
@@ -126,9 +128,13 @@ def _without_tf32() -> Iterator[None]:
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """("decode", rows) or ("prompts", rows) of every step that was a graph's."""
+    """("decode", rows) or ("prompts", rows) of each graph's step, after ("fresh", tokens) if it was one."""
     found: list[tuple[str, int]] = []
-    decode, prompts = StepGraphs.decode, StepGraphs.prompts
+    decode, prompts, find = StepGraphs.decode, StepGraphs.prompts, StepGraphs._find
+
+    def noted_find(self: StepGraphs, kind: str, sizes: Sequence[int], needed: int) -> Any:
+        found.extend([(kind, needed)] if kind == "fresh" and needed <= sizes[-1] else [])
+        return find(self, kind, sizes, needed)
 
     def noted_decode(self: StepGraphs, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome | None:
         outcome = decode(self, rows, grown)
@@ -140,6 +146,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         found.extend([("prompts", len(rows))] if outcome is not None else [])
         return outcome
 
+    monkeypatch.setattr(StepGraphs, "_find", noted_find)
     monkeypatch.setattr(StepGraphs, "decode", noted_decode)
     monkeypatch.setattr(StepGraphs, "prompts", noted_prompts)
     return found
@@ -239,6 +246,7 @@ def test_float32_computes_what_transformers_computes(folder: Path, replayed: lis
     assert decoded - set(graph_sizes(LARGEST)), "no batch had to be filled up"
     assert max(decoded) == LARGEST
     assert any(kind == "prompts" for kind, _ in replayed)
+    assert [tokens for kind, tokens in replayed if kind == "fresh"] == [1024, 333, 600]
 
 
 @pytest.mark.parametrize("name", MODELS)

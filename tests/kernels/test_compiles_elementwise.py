@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from pd.kernels.activation_triton import WARPS, block_of, silu_mul_kernel
-from pd.kernels.norm_triton import norm_kernel, warps
+from pd.kernels.norm_triton import norm_kernel, scale_kernel, warps
 from pd.kernels.rope_triton import rope_tables_kernel, rope_write_kernel, tile
 from tests.kernels.aot import MAX_SHARED, Compiled, compile_sm90
 
@@ -31,37 +31,67 @@ def accesses_16_bytes(compiled: Compiled, loads: int, stores: int) -> None:
     assert compiled.count("STG.E.128") == compiled.count("STG") == stores
 
 
+@pytest.mark.parametrize("columns", [4096, 5120])
+def test_scales_of_norms(columns: int) -> None:
+    block = 8192 if columns == 5120 else columns
+    signature = {"x": BF16, "out": F32, "stride": "i32:16", "eps": "fp32"}
+    compiled = compile_sm90(
+        scale_kernel, signature, {"COLUMNS": columns, "BLOCK": block, "PDL": True}, num_warps=warps(block)
+    )
+    compiled.check()
+    assert compiled.registers <= 32, "all 2,048 threads of a multiprocessor"
+    assert compiled.count("LDG.E.128") == compiled.count("LDG") == 2
+    assert before_the_wait(compiled) == 0
+
+
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("columns", [4096, 5120])
-def test_norms(columns: int, added: bool) -> None:
+def test_norms(columns: int, added: bool, gained: bool) -> None:
     block = 8192 if columns == 5120 else columns
     signature = dict.fromkeys(("x", "residual", "weight", "out"), BF16)
     signature |= {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
     constants: dict[str, Any] = {"COLUMNS": columns, "BLOCK": block, "PDL": True}
     if not added:
         constants["residual"] = None
+    if not gained:
+        constants["weight"] = None
     compiled = compile_sm90(norm_kernel, signature, constants, num_warps=warps(block))
     compiled.check()
     assert compiled.registers <= 64, "all 2,048 threads of a multiprocessor but half"
-    accesses_16_bytes(compiled, 6 if added else 4, 4 if added else 2)
-    assert before_the_wait(compiled) == 2, "the weight"
+    accesses_16_bytes(compiled, 2 + 2 * added + 2 * gained, 4 if added else 2)
+    assert before_the_wait(compiled) == 2 * gained, "the weight"
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("rows", [1, 8192])
-def test_the_gated_activation(rows: int) -> None:
-    signature = {"gate_up": BF16, "out": BF16, "stride": "i32:16"}
-    constants = {"COLUMNS": 14336, "BLOCK": block_of(rows), "PDL": True}
+def test_the_gated_activation(rows: int, scaled: bool) -> None:
+    signature = {"gate_up": BF16, "scale": F32, "out": BF16, "stride": "i32:16"}
+    constants: dict[str, Any] = {"COLUMNS": 14336, "BLOCK": block_of(rows), "PDL": True}
+    if not scaled:
+        constants["scale"] = None
     compiled = compile_sm90(silu_mul_kernel, signature, constants, num_warps=WARPS)
     compiled.check()
     assert compiled.registers <= 32, "all 2,048 threads of a multiprocessor"
-    accesses_16_bytes(compiled, 2 if rows == 1 else 4, 1 if rows == 1 else 2)
+    assert compiled.count("LDG.E.128") == (2 if rows == 1 else 4)
+    assert compiled.count("LDG") == compiled.count("LDG.E.128") + scaled
+    assert compiled.count("STG.E.128") == compiled.count("STG") == (1 if rows == 1 else 2)
     assert before_the_wait(compiled) == 0
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (32, 8, 64), (16, 8, 128), (14, 2, 64)])
-def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool) -> None:
-    signature = {"cos": F32, "sin": F32, "eps": "fp32", "blocks": "*i32", "offsets": "*i32", "stride": "i32:16"}
+def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scaled: bool) -> None:
+    signature = {
+        "scale": F32,
+        "cos": F32,
+        "sin": F32,
+        "eps": "fp32",
+        "blocks": "*i32",
+        "offsets": "*i32",
+        "stride": "i32:16",
+    }
     signature |= dict.fromkeys(("qkv", "q_gain", "k_gain", "k_cache", "v_cache"), BF16)
     for cache in "kv":
         signature |= {f"{cache}_block": "i64:16", f"{cache}_head": "i32:16", f"{cache}_token": "i32:16"}
@@ -71,12 +101,15 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool) -> N
     constants |= {"HEADS": heads, "k_dim": 1, "v_dim": 1, "PDL": True}
     if not normed:
         constants |= {"q_gain": None, "k_gain": None}
+    if not scaled:
+        constants["scale"] = None
     compiled = compile_sm90(rope_write_kernel, signature, constants, num_warps=num_warps)
     compiled.check()
     assert compiled.registers <= 64 and compiled.shared == 0, "threads share nothing but by shuffles"
     assert compiled.count("LDG.E.128") == (8 if normed else 6)
-    assert compiled.count("LDG") == compiled.count("LDG.E.128") + 2, "and the slot"
-    assert compiled.count("STG.E.128") == compiled.count("STG") in (4, 6), "keys and queries in one or in two branches"
+    assert compiled.count("LDG") == compiled.count("LDG.E.128") + 2 + scaled, "and the slot"
+    stores = compiled.count("STG.E.128") - 2 * scaled  # values are written back, too
+    assert compiled.count("STG.E.128") == compiled.count("STG") and stores in (4, 6), "keys, queries in 1 or 2 branches"
     assert before_the_wait(compiled) == (2 if normed else 0), "the weights of the norm"
 
 

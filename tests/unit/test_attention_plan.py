@@ -7,7 +7,16 @@ import itertools
 import pytest
 
 from pd.kernels.attention import PromptRow
-from pd.kernels.attention_plan import SPLITS, Split, decode_split, fresh_length, prompt_split, prompt_tiles
+from pd.kernels.attention_plan import (
+    SPLITS,
+    Split,
+    decode_split,
+    fresh_counts,
+    fresh_length,
+    fresh_runs,
+    prompt_split,
+    prompt_tiles,
+)
 
 H200 = 132
 
@@ -56,6 +65,22 @@ def test_more_rows_never_mean_shorter_parts() -> None:
 )
 def test_prompts_without_a_prefix_are_padded_to_few_lengths(count: int, context: int, length: int) -> None:
     assert fresh_length(PromptRow(0, count, context)) == length
+
+
+@pytest.mark.parametrize(("length", "counts"), [(1024, [1, 2, 4, 8]), (1536, [1, 2, 4]), (4096, [1, 2]), (8192, [1])])
+def test_as_many_prompts_are_planned_together_as_a_step_usually_takes(length: int, counts: list[int]) -> None:
+    assert fresh_counts(length) == counts
+
+
+def test_neighbours_of_one_length_are_attended_to_together() -> None:
+    lengths = [1000, 1024, 900, 1000, 1024, 1500, 1024, 5000, 5000]  # of which 1500 and 5000 have other lengths
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    prompts = [PromptRow(start, count, count) for start, count in zip(starts, lengths, strict=True)]
+    assert [len(run) for run in fresh_runs(prompts)] == [4, 1, 1, 1, 1, 1]
+    apart = [prompts[0], prompts[2], prompts[3]]  # between the first two lies one with a prefix
+    assert [len(run) for run in fresh_runs(apart)] == [1, 2]
+    assert [prompt for run in fresh_runs(prompts) for prompt in run] == prompts
+    assert fresh_runs([]) == []
 
 
 @pytest.mark.parametrize("group", [1, 4, 7, 200])

@@ -137,6 +137,18 @@ def test_every_kind_of_model_computes_what_transformers_computes(folder: Path, n
         assert_matches(Oracle(path), driver.tracks[key], prompt, 12)
 
 
+@pytest.mark.parametrize("name", ["llama", "tied-odd-heads", "mistral", "qwen3", "biases-everywhere", "qwen2"])
+def test_folded_and_deferred_norms_change_no_result(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in bfloat16: prompts are computed with deferred norms, decode steps with folded ones."""
+    monkeypatch.setattr("pd.models.llama.FOLDED_DTYPE", torch.float32)
+    monkeypatch.setattr("pd.models.llama.DEFERRED_TOKENS", 4)
+    path, prompt = tiny_model(folder, **MODELS[name]), prompt_of(70)
+    driver = Driver(path)
+    track = driver.admit(1, prompt, logprob_start=0)
+    driver.generate(12, chunk=32)
+    assert_matches(Oracle(path), track, prompt, 12, tolerance=3e-5)
+
+
 @pytest.mark.parametrize("page_size", [4, 16, 32])
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 def test_neither_page_size_nor_chunks_change_a_result(model: str, page_size: int, chunk: int) -> None:

@@ -14,8 +14,8 @@ from pd.bench.engine.traces import Shares, read_shares
 #: Decode steps that count, and their context: the middle of the window.
 WINDOW, CONTEXT = 64, 1024
 
-#: Prompts per measurement of prefill, and repeats of a single prompt.
-PROMPTS, REPEATS = 8, 5
+#: Tokens of the prompts that prefill's rate is measured with, and repeats of a single prompt.
+PROMPT_TOKENS, REPEATS = 65536, 5
 
 #: What the throughput of requests is measured with: so many, so long, at most so many at a time.
 REQUESTS, INPUT, OUTPUT, AT_ONCE = 512, 1024, 256, 256
@@ -60,8 +60,9 @@ async def prefill_shares(engine: EngineClient, tokens: int, folder: Path) -> Sha
 
 async def prefill_tok_s(engine: EngineClient, tokens: int) -> float:
     """Prompts one after the other, the queue never empty: tokens per second up to the last one's first token."""
-    answers = await engine.ask([tokens] * PROMPTS, 1)
-    return tokens * PROMPTS / (max(answer.times[0] for answer in answers) - answers[0].asked)
+    count = PROMPT_TOKENS // tokens
+    answers = await engine.ask([tokens] * count, 1)
+    return tokens * count / (max(answer.times[0] for answer in answers) - answers[0].asked)
 
 
 async def ttft_ms(engine: EngineClient, tokens: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from pd.kernels import attention_device, attention_plan
-from pd.kernels.attention import Heads, PromptRow
+from pd.kernels.attention import Heads
 from pd.kernels.attention_plan import Split
 from pd.kernels.attention_prefill_triton import PromptConfig, prompt_attention
 from pd.kernels.attention_triton import DecodeConfig, decode_attention
@@ -103,23 +103,34 @@ def test_only_the_tiles_that_are_named_are_computed() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 30, 500])
-@pytest.mark.parametrize("spans", [SPANS, [(41, 41)], [(48, 48)], [(1, 9), (48, 48), (30, 30), (90, 90)]], ids=str)
+@pytest.mark.parametrize(
+    ("spans", "at_once"),
+    [
+        (SPANS, [(1, 48)]),
+        ([(41, 41)], [(1, 48)]),
+        ([(48, 48)], [(1, 48)]),
+        ([(48, 48), (48, 48)], [(2, 96)]),
+        ([(1, 9), (48, 48), (30, 30), (90, 90)], [(1, 48), (1, 32)]),
+        ([(1, 9), (48, 48), (41, 41), (46, 46), (30, 30)], [(2, 96), (1, 48), (1, 32)]),
+    ],
+    ids=str,
+)
 def test_each_row_of_a_batch_gets_its_kernel(
-    spans: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
+    spans: list[tuple[int, int]], at_once: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, but for cuDNN: prompts of about 48 tokens without a prefix go to torch's plain attention."""
     monkeypatch.setattr(attention_plan, "FRESH_LENGTHS", (32, 48))
     monkeypatch.setattr(attention_device, "BACKENDS", [SDPBackend.MATH])
     served = []
 
-    def count(heads: Heads, prompt: PromptRow, scale: float) -> torch.Tensor:
-        served.append(prompt.count)
-        return fresh_attention(heads, prompt, scale)
+    def count(heads: Heads, prompts: int, scale: float) -> torch.Tensor:
+        served.append((prompts, len(heads.q)))
+        return causal(heads, prompts, scale)
 
-    fresh_attention = attention_device._fresh_attention
-    monkeypatch.setattr(attention_device, "_fresh_attention", count)
+    causal = attention_device._causal
+    monkeypatch.setattr(attention_device, "_causal", count)
     heads, kv, batch = attention_case(spans, dtype=torch.float16)
     out = attention_device.paged_attention(heads, kv, batch, 0.2, window)
     expected = paged_attention_device(heads, kv, batch, 0.2, window)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=1e-3)
-    assert served == ([] if window == 30 else [n for n, context in spans if n == context and n in (30, 41, 48)])
+    assert served == ([] if window == 30 else at_once)

@@ -8,7 +8,7 @@ import torch
 from pd.kernels import reference
 from pd.kernels.activation_triton import run_silu_mul
 from pd.kernels.attention import AttentionBatch, LayerKv
-from pd.kernels.norm_triton import MAX_COLUMNS, run_norm
+from pd.kernels.norm_triton import MAX_COLUMNS, run_norm, run_scale
 from pd.kernels.rope import QkNorm
 from pd.kernels.rope_triton import run_rope_tables, run_rope_write
 
@@ -49,6 +49,8 @@ def test_norms_are_those_of_the_reference(count: int, width: int, gap: int, dtyp
     close(run_norm(x, residual, weight, 1e-5, False), expected, 4)
     assert torch.equal(residual, total) and torch.equal(x, kept)
     assert gaps_untouched(x) and gaps_untouched(residual)
+    close(run_norm(x, None, None, 1e-5, False), reference.rms_norm(x, None, 1e-5), 4)
+    close(run_scale(x, 1e-5, False), reference.rms_scale(x, 1e-5), 4)
 
 
 def test_norms_of_large_values_do_not_overflow_in_half_precision() -> None:
@@ -72,8 +74,11 @@ def test_what_the_norm_cannot_take_is_refused() -> None:
     with pytest.raises(ValueError, match=r"contiguous, \[8\]"):
         run_norm(x, None, torch.ones(9), 1e-6, False)
     wide = MAX_COLUMNS + 1
-    with pytest.raises(ValueError, match=f"at most {MAX_COLUMNS}"):
-        run_norm(torch.empty(0, wide), None, torch.ones(wide), 1e-6, False)
+    for run in (lambda x: run_norm(x, None, torch.ones(wide), 1e-6, False), lambda x: run_scale(x, 1e-6, False)):
+        with pytest.raises(ValueError, match=f"at most {MAX_COLUMNS}"):
+            run(torch.empty(0, wide))
+    with pytest.raises(ValueError, match="contiguous rows"):
+        run_scale(x.T.contiguous().T, 1e-6, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,6 +88,8 @@ def test_the_gated_activation_is_that_of_the_reference(count: int, half: int, ga
     gate_up = rows(count, 2 * half, dtype, gap)
     gate_up *= 4
     close(run_silu_mul(gate_up, False), reference.silu_mul(gate_up), 4)
+    scale = torch.rand(count) + 0.5
+    close(run_silu_mul(gate_up, False, scale), reference.silu_mul(gate_up, scale), 4)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinity, as on the GPU
@@ -120,10 +127,10 @@ SHAPES = [(32, 8, 128), (16, 8, 64), (14, 2, 64), (28, 4, 128), (4, 2, 96), (1, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("normed", "deferred"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), SHAPES)
 def test_rotation_and_its_writes_are_those_of_the_reference(
-    q_heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
+    q_heads: int, kv_heads: int, head_dim: int, normed: bool, deferred: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(head_dim + q_heads)
     gap = 16 if normed else 0
@@ -132,14 +139,15 @@ def test_rotation_and_its_writes_are_those_of_the_reference(
     tables = reference.rope_tables(positions, 10_000.0 ** -(torch.arange(head_dim // 2) * 2 / head_dim), 1.0)
     slots = torch.tensor([4, 1, 4]), torch.tensor([0, 5, 2])
     norm = QkNorm(torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype), 1e-6) if normed else None
+    scale = torch.rand(3) + 0.5 if deferred else None
     for plain in (True, False):
         found, expected = (cache(5, kv_heads, 6, head_dim, dtype, plain) for _ in range(2))
         wide = AttentionBatch(positions, *slots, (), ())
         narrow = AttentionBatch(positions, slots[0].int(), slots[1].int(), (), ())
         # The reference takes its input apart, the kernel turns it in place.
-        whole = reference.rope_write_kv(qkv.contiguous(), *tables, expected, wide, norm)
+        whole = reference.rope_write_kv(qkv.contiguous(), *tables, expected, wide, norm, scale)
         turned = rows(3, qkv.shape[1], dtype, gap).copy_(qkv)
-        heads = run_rope_write(turned, *tables, found, narrow if plain else wide, norm, False)
+        heads = run_rope_write(turned, *tables, found, narrow if plain else wide, norm, False, scale)
         for one, other in zip((*heads, *found), (*whole, *expected), strict=True):
             close(one, other, 4)
         assert all(one.untyped_storage().data_ptr() == turned.untyped_storage().data_ptr() for one in heads)
