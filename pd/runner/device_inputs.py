@@ -36,7 +36,8 @@ class Packed:
     def on_host(self, pinned: bool = True) -> tuple[torch.Tensor, dict[str, Int32]]:
         """A buffer to be filled, and its fields. With `pinned` it may be reused as soon as its copy has left it."""
         memory = torch.empty(self.words, dtype=torch.int32, pin_memory=pinned)
-        return memory, {name: field.numpy() for name, field in self.of(memory).items()}
+        words = memory.numpy()  # whose slices cost a tenth of a tensor's
+        return memory, {name: words[place] for name, place in self._places.items()}
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ def fill_prompts(host: Mapping[str, Int32], rows: Sequence[Row], page_size: int)
     for row in rows:
         part = slice(row.start, row.start + row.count)
         positions = np.arange(row.first, row.end, dtype=np.int32)
-        pages = positions // page_size
         table = row.request.blocks.view
-        known = pages < len(table)
+        known = min(row.count, max(0, len(table) * page_size - row.first))  # tokens that have a block
+        blocks = host["blocks"][part]
         host["tokens"][part] = row.request.tokens.view[row.first : row.end]
         host["positions"][part] = positions
-        host["blocks"][part] = 0
-        host["blocks"][part][known] = table[pages[known]]
-        host["offsets"][part] = positions % page_size
+        blocks[:known] = table[positions[:known] // page_size]
+        blocks[known:] = 0
+        np.remainder(positions, page_size, out=host["offsets"][part])
 
 
 def fill_samples(host: Mapping[str, Int32], rows: Sequence[Row], scratch: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 
 from pd.errors import ProtocolError
 from pd.kernels.step_rows import SlotState
-from pd.runner.inputs import Request
+from pd.runner.device_inputs import Packed
+from pd.runner.inputs import Int32, Request
+
+_PARAMS = struct.Struct("=3f3iQ")
 
 
 def upload(values: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -49,26 +53,40 @@ class DeviceState:
         widest = max(len(request.blocks) for request in requests)
         if widest > self.width:
             raise ProtocolError("admit.blocks_i32", f"a table of {widest} blocks where {self.width} are the most")
-        tables = np.zeros((len(requests), self.width), dtype=np.int32)
-        params = np.zeros((len(requests), 8), dtype=np.int32)
+        count = len(requests)
+        packed = Packed({"slots": 2 * count, "tables": count * self.width, "params": count * 8})
+        memory, host = packed.on_host(self._device.type == "cuda")
+        slots, tables = host["slots"].view(np.int64), host["tables"].reshape(count, -1)
+        params = host["params"].reshape(count, -1)
         for place, request in enumerate(requests):
-            request.slot = self._free.pop()
-            tables[place, : len(request.blocks)] = request.blocks.view
+            request.slot = slots[place] = self._free.pop()
+            length = len(request.blocks)
+            tables[place, :length] = request.blocks.view
+            tables[place, length:] = 0
             params[place] = _params(request)
-        slots = upload(np.array([request.slot for request in requests], dtype=np.int64), self._device)
-        self.state.tables.index_copy_(0, slots, upload(tables, self._device))
-        self.state.params.index_copy_(0, slots, upload(params, self._device))
+        # One copy for all three: each is a launch, and the step's first kernel waits behind them.
+        fields = packed.of(memory.to(self._device, non_blocking=True))
+        index = fields["slots"].view(torch.int64)
+        self.state.tables.index_copy_(0, index, fields["tables"].view(count, -1))
+        self.state.params.index_copy_(0, index, fields["params"].view(count, -1))
 
     def grow(self, request: Request, place: int, block: int) -> None:
         """Set one entry of a table where no row of the step does it."""
         self.state.tables[request.slot, place] = block
 
 
-def _params(request: Request) -> np.ndarray:
+def _params(request: Request) -> Int32:
     """One row of `SlotState.params`."""
     sampling = request.sampling
-    row = np.zeros(8, dtype=np.int32)
-    row[:3] = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32).view(np.int32)
-    row[3], row[4] = max(0, sampling.top_k), sampling.choice
-    row[6:8] = np.array([sampling.seed & (1 << 64) - 1], dtype=np.uint64).view(np.int32)
-    return row
+    return np.frombuffer(
+        _PARAMS.pack(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            max(0, sampling.top_k),
+            sampling.choice,
+            0,
+            sampling.seed & (1 << 64) - 1,
+        ),
+        dtype=np.int32,
+    )

@@ -154,6 +154,8 @@ class DeviceWorker:
 
     def _growth(self, order: StepOrder) -> list[tuple[Request, int, int]]:
         """What `RequestTable.apply` has appended, from the last one of each request backwards."""
+        if not order.grow_keys_i64:
+            return []
         keys = np.frombuffer(order.grow_keys_i64, dtype=np.int64).tolist()
         blocks = np.frombuffer(order.grow_blocks_i32, dtype=np.int32).tolist()
         seen: dict[int, int] = {}

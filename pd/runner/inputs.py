@@ -112,6 +112,8 @@ class RequestTable:
                 raise ProtocolError("release", f"request {key} is not admitted")
         for admit in order.admit:
             self._admit(admit)
+        if not (order.grow_keys_i64 or order.grow_blocks_i32):
+            return
         keys = np.frombuffer(order.grow_keys_i64, dtype=np.int64)
         blocks = self.block_ids("grow_blocks_i32", order.grow_blocks_i32)
         if len(keys) != len(blocks):
@@ -127,7 +129,7 @@ class RequestTable:
 
     def block_ids(self, where: str, data: bytes) -> Int32:
         ids = np.frombuffer(data, dtype=np.int32)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks):
+        if len(ids) and ids.view(np.uint32).max() >= self.num_blocks:  # of which a negative one is the largest
             raise ProtocolError(where, f"block {ids.min()}..{ids.max()} outside 0..{self.num_blocks - 1}")
         return ids
 

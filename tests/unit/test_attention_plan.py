@@ -96,6 +96,14 @@ def test_tiles_cover_each_prompt_once_the_longest_first_and_those_for_cudnn_last
         assert ends == sorted(ends, reverse=True)
 
 
+@pytest.mark.parametrize("prompt", [PromptRow(0, 2048, 2048), PromptRow(0, 33, 5000), PromptRow(0, 1, 1)])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_a_prompt_by_itself_is_divided_as_it_is_beside_others(prompt: PromptRow, group: int) -> None:
+    other = PromptRow(prompt.count, 10, 10)
+    beside = [tile for tile in prompt_tiles([prompt, other], group).tolist() if tile[0] == 0]
+    assert prompt_tiles([prompt], group).tolist() == beside
+
+
 def test_no_prompts_make_no_tiles() -> None:
     assert prompt_tiles([], 4).shape == (0, 2)
 

@@ -70,9 +70,10 @@ class Profile:
 class EngineClient:
     """Use as an async context manager: starts the processes and ends them."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = for_device(config, has_cuda_gpu())
+    def __init__(self, config: ServeConfig, plan_type: type[Plan] = Plan) -> None:
+        self._config, self._plan_type = for_device(config, has_cuda_gpu()), plan_type
         self._keys = itertools.count(1)
+        self.asked = 0  # key of the last request
         self._resources = AsyncExitStack()
         self._random = np.random.default_rng(0)
         self.start_seconds = 0.0
@@ -92,9 +93,10 @@ class EngineClient:
     async def _start(self) -> None:
         started, model = time.monotonic(), check(self._config, load_plugins())
         self.vocab_size = model.vocab_size
-        plan = Plan(
-            self._config, model, "bench", time.time_ns() // 1_000_000, "127.0.0.1",
-            self._resources.enter_context(socket_folder()),
+        #: Where the sockets are.
+        self.folder = self._resources.enter_context(socket_folder())
+        plan = self._plan_type(
+            self._config, model, "bench", time.time_ns() // 1_000_000, "127.0.0.1", self.folder
         )  # fmt: skip
         scheduler = await Child.start(plan.scheduler())
         self._resources.push_async_callback(scheduler.terminate, 5.0)
@@ -142,7 +144,7 @@ class EngineClient:
 
         def submit(indices: Iterable[int]) -> None:
             for index in indices:
-                key = next(self._keys)
+                key = self.asked = next(self._keys)
                 requests[key] = Answered(time.monotonic())
                 self._channel.send_nowait(Submit(key, f"bench-{key}", tokens[index], wanted))
 
