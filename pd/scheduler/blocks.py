@@ -151,10 +151,13 @@ class BlockPool:
             if count > self.counts[FREE]:
                 return None
         blocks = self._runs.take(count)
+        generation, digest, states = self.generation, self.digest, self._state
         for block in blocks:
-            self.generation[block] += 1  # a new owner: messages that name the old one are refused
-            self.digest[block] = None
-            self._set(block, state)
+            generation[block] += 1  # a new owner: messages that name the old one are refused
+            digest[block] = None
+            states[block] = state
+        self.counts[FREE] -= count
+        self.counts[state] += count
         return blocks
 
     def allocate(self, count: int) -> list[int] | None:
@@ -176,17 +179,30 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int]) -> None:
         """One holder less. Last block first, so that the prefix tree's oldest entries are leaves."""
+        refs, freed = self._refs, []
         for block in reversed(list(blocks)):
-            refs = self._refs[block] - 1
-            assert refs >= 0, f"release of block {block}: {self.state_of(block)}"
-            self._refs[block] = refs
-            if refs == 0:
+            left = refs[block] - 1
+            assert left >= 0, f"release of block {block}: {self.state_of(block)}"
+            refs[block] = left
+            if left == 0:
                 if self._in_tree[block]:
                     self._set(block, CACHED)
                     self.on_cached(block)
                 else:
-                    self._set(block, FREE)
-                    self._runs.put(block)
+                    freed.append(block)
+        self._free(freed)
+
+    def _free(self, owned: Sequence[int]) -> None:
+        """Blocks that nobody holds; those next to each other, in falling order, go back as one run."""
+        states, at = self._state, 0
+        self.counts[OWNED] -= len(owned)
+        self.counts[FREE] += len(owned)
+        while at < len(owned):
+            first = at
+            while at < len(owned) and owned[at] == owned[first] - (at - first):
+                states[owned[at]] = FREE
+                at += 1
+            self._runs.put(owned[at - 1], at - first)
 
     def release_after(self, step: int, blocks: Sequence[int]) -> None:
         """Release once every step up to `step` is done: until then a running step may still touch them."""

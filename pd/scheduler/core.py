@@ -142,11 +142,9 @@ class Core:
 
     def strange_token(self, tokens_i32: bytes) -> int | None:
         """A token id that the model does not have: it would end the runner. None when all are fine."""
-        tokens = np.frombuffer(tokens_i32, "<i4")
-        if len(tokens):
-            for token in (int(tokens.min()), int(tokens.max())):
-                if not 0 <= token < self.vocab_size:
-                    return token
+        tokens = np.frombuffer(tokens_i32, "<u4")  # of which a negative one is among the largest
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            return int(tokens.max().astype("<i4"))
         return None
 
     def add(self, request: Request, now: float) -> None:
