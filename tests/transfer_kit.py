@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import numpy as np
 from pd.abc import Region, TransferCapabilities
 from pd.errors import PeerLost, TransferError
 from pd.transfer.digest import digest_span
+from pd.transfer.engine import EngineConfig, TransferEngine
 from pd.transfer.spans import Pool
 from pd.types import BlockShape
 
@@ -234,6 +236,40 @@ class QueuePort:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Engine:
+    """An engine with its threads around a scripted backend. At the end its threads must have ended, too."""
+
+    def __init__(self, name="P", network=None, config=None, **changes):
+        self.network = {} if network is None else network
+        self.backend = ScriptedBackend(self.network, capabilities(**changes))
+        self.backend.open(name)
+        self.pool = pool(8, 9)
+        self.failures = []
+        self.failed = threading.Event()
+        config = config or EngineConfig(threads=2, queues=4)
+        self.engine = TransferEngine(self.backend, [self.pool], NoDevice(), config, self._failed)
+        self.engine.register()
+        self.port = QueuePort()
+        others = set(threading.enumerate())
+        self.engine.start(self.port)
+        self.threads = set(threading.enumerate()) - others
+
+    def _failed(self, error):
+        self.failures.append(error)
+        self.failed.set()
+
+    def ask(self, command):
+        self.port.give(command)
+        return self.port.next()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.engine.close()
+        assert self.threads and not any(thread.is_alive() for thread in self.threads)
 
 
 def capabilities(**changes: Any) -> TransferCapabilities:

@@ -35,7 +35,7 @@ class TransferCapabilities:
 
     memory_kinds: frozenset[str] = frozenset({"cpu"})  # of "cpu", "cuda", "npu"
     max_spans_per_post: int = 1024
-    needs_progress: bool = False  # progress() is called every millisecond while any peer is connected
+    needs_progress: bool = False  # progress() is called as its docstring says
     concurrent_posts: bool = False  # post/poll may be called from several threads at once (for different peers)
     blocking_post: bool = False  # post() returns when the data has been applied
     revocable: bool = False  # grant/revoke fence single hand-offs at the receiver
@@ -217,7 +217,11 @@ class TransferBackend(Protocol):
     def poll(self, ticket: Ticket) -> bool:
         """True when applied at the destination. Raises PeerLost, TransferError."""
 
-    def progress(self) -> None: ...
+    def progress(self) -> None:
+        """If `needs_progress`: called every millisecond while a hand-off may be written here or a push is under way,
+
+        from when it was granted or handed in, and every 20 ms at other times.
+        """
 
     def fence(self, identity: str) -> None:
         """Receiver: later kernels see every write of this sender that was reported complete."""

@@ -141,7 +141,7 @@ class TransferHarness:
         while not done():
             assert time.monotonic() < deadline, f"not done within {timeout:g} s"
             for side in self._sides:
-                side.progress()
+                side.drive()
             time.sleep(0.0005)
 
     def wait(self, ticket: int, timeout: float = 20.0) -> None:

@@ -24,6 +24,7 @@ import psutil
 
 from pd.abc import BackendContext, DeviceMemory, Peer, Region, TransferBackend, host_region
 from pd.errors import PeerLost, TransferError
+from pd.transfer.cadence import Cadence
 
 CALL_TIMEOUT = 30.0
 
@@ -65,6 +66,8 @@ class Side:
 
     The memory is there as long as the side, also after `close`. A subclass for device memory overrides `device_memory`,
     `allocate`, `contents` and `write`.
+
+    It drives a backend that needs it as the core does: often while a hand-off is granted here or a post is under way.
     """
 
     def __init__(self, factory: str, host: str, secret: str, options: Mapping[str, str]) -> None:
@@ -73,6 +76,9 @@ class Side:
         self.capabilities = self.backend.capabilities
         self._peers: dict[str, Peer] = {}
         self._tickets: list[Any] = []
+        self._granted: set[tuple[int, str]] = set()
+        self._posted: dict[int, str] = {}  # posts that are not over, and their peers
+        self._cadence = Cadence(self.backend.progress, self._active) if self.capabilities.needs_progress else None
         self.regions: list[Region] = []
         self._views: list[np.ndarray] = []
 
@@ -108,7 +114,15 @@ class Side:
     def descriptor(self) -> str:
         return self.backend.descriptor().hex()
 
+    def _active(self) -> bool:
+        return bool(self._granted or self._posted)
+
+    def drive(self) -> float | None:
+        """Call the backend's `progress` if it is due. Seconds until it will be; None if it never will."""
+        return None if self._cadence is None else self._cadence.turn(time.monotonic())
+
     def progress(self) -> None:
+        """Call it, due or not."""
         if self.capabilities.needs_progress:
             self.backend.progress()
 
@@ -148,19 +162,30 @@ class Side:
         """The number of a ticket."""
         spans = np.array(rows, dtype=np.uint64).reshape(-1, 5)
         self._tickets.append(self.backend.post(self._peers[peer], spans, tag))
-        return len(self._tickets) - 1
+        ticket = len(self._tickets) - 1
+        self._posted[ticket] = peer
+        return ticket
 
     def poll(self, ticket: int) -> bool:
-        self.progress()
-        return self.backend.poll(self._tickets[ticket])
+        self.drive()
+        try:
+            done = self.backend.poll(self._tickets[ticket])
+        except TransferError:
+            self._posted.pop(ticket, None)
+            raise
+        if done:
+            self._posted.pop(ticket, None)
+        return done
 
     def reset_peer(self, peer: str) -> None:
         self.backend.reset_peer(self._peers.pop(peer))
+        self._posted = {ticket: other for ticket, other in self._posted.items() if other != peer}
 
     # --- receiver ---
 
     def grant(self, tag: int, ranges: Sequence[Sequence[int]], sender: str, region: int = 0) -> None:
-        """`ranges` [offset, length]; nothing to do for a backend that does not revoke single hand-offs."""
+        """`ranges` [offset, length]; a backend that does not revoke single hand-offs is not told."""
+        self._granted.add((tag, sender))
         if self.capabilities.revocable:
             spans = np.full((len(ranges), 5), region, dtype=np.uint64)
             spans[:, 1] = spans[:, 3] = [offset for offset, _ in ranges]
@@ -168,10 +193,23 @@ class Side:
             self.backend.grant(tag, spans, sender)
 
     def revoke(self, tag: int, sender: str) -> bool:
-        return self.backend.revoke(tag, sender)
+        quiet = self.backend.revoke(tag, sender)
+        if quiet:
+            self._granted.discard((tag, sender))
+        return quiet
 
     def expel(self, sender: str) -> bool:
-        return self.backend.expel(sender)
+        quiet = self.backend.expel(sender)
+        if quiet:
+            self._granted = {one for one in self._granted if one[1] != sender}
+        return quiet
+
+    def over(self, sender: str) -> None:
+        """Every hand-off that was granted to this sender has landed, or the sender says that it is over."""
+        for tag, _ in [one for one in self._granted if one[1] == sender]:
+            if self.capabilities.revocable:
+                assert self.backend.revoke(tag, sender)
+            self._granted.discard((tag, sender))
 
     def fence(self, sender: str) -> None:
         self.backend.fence(sender)
@@ -285,11 +323,9 @@ class RemoteSide:
 def serve(side: Side) -> None:
     """Answer calls until stdin ends."""
     pending = b""
-    timeout = 0.001 if side.capabilities.needs_progress else None
     while True:
-        ready, _, _ = select.select([sys.stdin], [], [], timeout)
+        ready, _, _ = select.select([sys.stdin], [], [], side.drive())
         if not ready:
-            side.progress()
             continue
         data = os.read(sys.stdin.fileno(), 1 << 20)
         if not data:

@@ -39,6 +39,7 @@ from pd.messages import (
     TransferVerified,
     TransferVerify,
 )
+from pd.transfer.cadence import Cadence
 from pd.transfer.landing import Receiving
 from pd.transfer.port import CommandPort
 from pd.transfer.queues import PushQueue
@@ -118,16 +119,17 @@ class TransferEngine:
 
     def _make_workers(self, begin: Callable[[], None]) -> tuple[list[Worker], Worker]:
         capabilities, queues = self._backend.capabilities, self._queues
-        progress = self._connected if capabilities.needs_progress else None
+        cadence = Cadence(self._backend.progress, self._active) if capabilities.needs_progress else None
         if not capabilities.concurrent_posts:
-            only = Worker("all", self._fail, queues, self._backend, progress, begin)
+            only = Worker("all", self._fail, queues, cadence, begin)
             return [only], only
         count = max(1, min(self._config.threads, len(queues)))
         senders = [Worker(f"send-{i}", self._fail, queues[i::count], begin=begin) for i in range(count)]
-        return senders, Worker("receive", self._fail, (), self._backend, progress, begin)
+        return senders, Worker("receive", self._fail, (), cadence, begin)
 
-    def _connected(self) -> bool:
-        return self._receiving.busy or any(queue.connections for queue in self._queues)
+    def _active(self) -> bool:
+        """Whether a hand-off may be written here, or a push is under way or waits."""
+        return self._receiving.busy or any(queue.busy for queue in self._queues)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,13 @@ class TransferEngine:
     def push(self, push: Push) -> None:
         """From any thread: start this push now."""
         queue, worker = self._shard(push.peer)
-        worker.submit(lambda: queue.add(push, time.monotonic()))
+
+        def add() -> None:
+            queue.add(push, time.monotonic())
+            if worker is not self._receiver and self._backend.capabilities.needs_progress:
+                self._receiver.submit(_nothing)  # it drives the backend, often from now on
+
+        worker.submit(add)
 
     def _emit(self, event: TransferEvent) -> None:
         """From any thread."""
@@ -236,7 +244,6 @@ class TransferEngine:
                 self._emit(TransferPeerLost(command.peer, error.reason, self._config.rank))
             else:
                 self._emit(TransferConnected(command.peer, self._config.rank))
-                self._receiver.submit(_nothing)  # it may have progress to make from now on
 
         def run() -> None:
             match command:

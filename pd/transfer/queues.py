@@ -91,7 +91,7 @@ class PushQueue:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do, now or when a ticket completes."""
+        """Whether `step` has something to do, now or when a ticket completes. Any thread may ask."""
         return bool(self._waiting) or any(not job.reported for job in self._jobs)
 
     def add(self, push: Push, now: float) -> None:
@@ -141,8 +141,11 @@ class PushQueue:
     def step(self, now: float) -> bool:
         """Begin and post what may be, poll what is under way. Whether anything moved."""
         moved = False
-        while (push := self._next()) is not None:
-            self._begin(push, now)
+        while (line := self._next()) is not None:
+            self._begin(line[0], now)
+            begun = line.popleft()  # not before: it is busy all the time
+            if not line:
+                del self._waiting[begun.push.peer]
             moved = True
         for job in self._jobs:
             if not job.reported:
@@ -151,16 +154,10 @@ class PushQueue:
             self._jobs = [job for job in self._jobs if not job.settled]
         return moved
 
-    def _next(self) -> Waiting | None:
-        """The first that came of those whose peer's window has room."""
+    def _next(self) -> collections.deque[Waiting] | None:
+        """The line whose first is the first that came of those whose peer's window has room."""
         ready = [line for peer, line in self._waiting.items() if self._has_room(peer)]
-        if not ready:
-            return None
-        line = min(ready, key=lambda one: one[0].arrival)
-        first = line.popleft()
-        if not line:
-            del self._waiting[first.push.peer]
-        return first
+        return min(ready, key=lambda line: line[0].arrival, default=None)
 
     def _has_room(self, peer: str) -> bool:
         connection = self.connections.get(peer)

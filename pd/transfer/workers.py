@@ -7,22 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pd.abc import TransferBackend
+from pd.transfer.cadence import Cadence
 from pd.transfer.queues import PushQueue
 
 #: Between polls of a transfer under way: from the first to the last, growing while nothing moves.
 POLL_FIRST, POLL_LAST = 50e-6, 1e-3
 
-PROGRESS_INTERVAL = 1e-3
-
 Task = Callable[[], None]
 
 
 class Worker:
-    """One thread. It sleeps without a timeout while nothing is under way and no progress is due.
+    """One thread. It sleeps without a timeout while nothing is under way and there is no backend to drive.
 
-    `progress`: whether somebody may be writing to or from here, for a backend that must be driven; None where this
-    worker does not drive it. `begin` is called on the thread before anything else.
+    `cadence`: drives the backend, where this worker has to. `begin` is called on the thread before anything else.
     """
 
     def __init__(
@@ -30,17 +27,15 @@ class Worker:
         name: str,
         failed: Callable[[BaseException], None],
         queues: Sequence[PushQueue] = (),
-        backend: TransferBackend | None = None,
-        progress: Callable[[], bool] | None = None,
+        cadence: Cadence | None = None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.queues = queues
-        self._failed, self._backend, self._progress, self._begin = failed, backend, progress, begin
+        self._failed, self._cadence, self._begin = failed, cadence, begin
         self._tasks: collections.deque[Task] = collections.deque()
         self._condition = threading.Condition()
         self._stopping = False
         self._pause = POLL_FIRST
-        self._next_progress = 0.0
         self.thread = threading.Thread(target=self._run, name=f"pd-transfer-{name}", daemon=True)
 
     def start(self) -> None:
@@ -79,24 +74,13 @@ class Worker:
         now = time.monotonic()
         for queue in self.queues:
             moved |= queue.step(now)
-        driven = self._drive(now)
+        timeout = None if self._cadence is None else self._cadence.turn(now)
         if moved:
             self._pause = POLL_FIRST
             return
-        timeout = None
         if any(queue.busy for queue in self.queues):
-            timeout, self._pause = self._pause, min(self._pause * 1.5, POLL_LAST)
-        if driven:
-            timeout = min(timeout or PROGRESS_INTERVAL, PROGRESS_INTERVAL)
+            timeout = self._pause if timeout is None else min(timeout, self._pause)
+            self._pause = min(self._pause * 1.5, POLL_LAST)
         with self._condition:
             if not self._tasks and not self._stopping:
                 self._condition.wait(timeout)
-
-    def _drive(self, now: float) -> bool:
-        """Call the backend's `progress` when it is due. Whether it will be due again."""
-        if self._progress is None or self._backend is None or not self._progress():
-            return False
-        if now >= self._next_progress:
-            self._backend.progress()
-            self._next_progress = now + PROGRESS_INTERVAL
-        return True

@@ -55,6 +55,7 @@ class TestNixl(Nixl):
             blocks = [*self.rows(pairs[:30]), [0, 70 * BLOCK, 0, 80 * BLOCK, 3 * BLOCK]]
             slices = [[0, a * BLOCK + 4096, 0, (100 + b) * BLOCK + 8192, 1024] for a, b in pairs]
             remote.call("fill", MARK)
+            self.grant_all(remote, 1)
             for spans in (blocks, slices):
                 self.wait(self.here.post("there", spans, 1))
             assert remote.call("checksum") == checksum(self.expected(blocks + slices))
@@ -66,10 +67,8 @@ class TestNixl(Nixl):
 
     def expelled_alive(self) -> RemoteSide:
         """A sender that has written here, and that expelling does not make quiet."""
-        remote = self.remote("there")
-        remote.call("connect", self.here.descriptor())
-        ticket = remote.call("post", "here", self.rows([(0, 0)]), 1)
-        self.until(lambda: remote.call("poll", ticket))
+        remote = self.sender("there")
+        self.writes(remote)
         assert self.here.expel("there") is False
         return remote
 
@@ -92,11 +91,8 @@ class NixlTcp(Nixl):
     environment: ClassVar[dict[str, str]] = {"UCX_TLS": "tcp"}
 
     def test_a_living_sender_is_cut_off(self) -> None:
-        remote = self.remote("there")
-        remote.call("connect", self.here.descriptor())
-        remote.call("fill", REUSED)
-        ticket = remote.call("post", "here", self.rows([(0, 0)]), 1)
-        self.until(lambda: remote.call("poll", ticket))
+        remote = self.sender("there")
+        self.writes(remote)
         rows = self.everything()
         for tag in range(4):
             remote.call("post", "here", rows, tag)

@@ -1,8 +1,5 @@
 """The transfer core around a scripted backend: every push and command ends, and failed never means quiet."""
 
-import threading
-import time
-
 import numpy as np
 import pytest
 
@@ -27,7 +24,7 @@ from pd.messages import (
     TransferVerify,
 )
 from pd.transfer.digest import DigestGeometry, digest_block
-from pd.transfer.engine import EngineConfig, TransferEngine, seal
+from pd.transfer.engine import seal
 from pd.transfer.landing import Receiving
 from pd.transfer.queues import POSTS_IN_FLIGHT, PushQueue
 from pd.transfer.spans import Pool, push_spans
@@ -35,9 +32,9 @@ from pd.transfer.staging import Staging
 from pd.types import BlockShape
 from tests.transfer_kit import (
     SHAPE,
+    Engine,
     FakeDevice,
     NoDevice,
-    QueuePort,
     ScriptedBackend,
     capabilities,
     contents,
@@ -462,38 +459,6 @@ def test_device_memory_goes_through_host_mirrors_and_their_pages_are_given_back(
 # --- the engine, with its threads ---
 
 
-class Engine:
-    def __init__(self, name="P", network=None, config=None, **changes):
-        self.network = {} if network is None else network
-        self.backend = ScriptedBackend(self.network, capabilities(**changes))
-        self.backend.open(name)
-        self.pool = pool(8, 9)
-        self.failures = []
-        self.failed = threading.Event()
-        config = config or EngineConfig(threads=2, queues=4)
-        self.engine = TransferEngine(self.backend, [self.pool], NoDevice(), config, self._failed)
-        self.engine.register()
-        self.port = QueuePort()
-        others = set(threading.enumerate())
-        self.engine.start(self.port)
-        self.threads = set(threading.enumerate()) - others
-
-    def _failed(self, error):
-        self.failures.append(error)
-        self.failed.set()
-
-    def ask(self, command):
-        self.port.give(command)
-        return self.port.next()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.engine.close()
-        assert self.threads and not any(thread.is_alive() for thread in self.threads)
-
-
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_every_command_gets_its_answer(concurrent):
     network = {}
@@ -539,19 +504,6 @@ def test_what_a_backend_should_never_raise_reaches_the_owner():
         assert here.failed.wait(10.0)
         assert [type(error) for error in here.failures] == [ZeroDivisionError]
         assert not there.failures
-
-
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_progress_is_driven_while_a_peer_is_connected_and_never_before(concurrent):
-    network = {}
-    with Engine("D", network) as there, Engine("P", network, needs_progress=True, concurrent_posts=concurrent) as here:
-        here.ask(TransferRevoke("D", 1))
-        assert here.backend.progressed == 0
-        here.ask(TransferConnect("D", there.engine.descriptor()))
-        deadline = time.monotonic() + 10
-        while here.backend.progressed < 3:
-            assert time.monotonic() < deadline
-            here.ask(TransferRevoke("D", 1))
 
 
 def test_a_closed_engine_has_closed_its_backend_and_port():

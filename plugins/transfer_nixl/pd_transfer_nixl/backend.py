@@ -28,7 +28,7 @@ from pd_transfer_nixl.agents import Landing, Link, Memory, Nixl, Ticket
 #: Transports (UCX_TLS) whose writes end with the agent that receives them: by sockets or by its own registration.
 FENCED = frozenset("tcp self ib rc rc_x rc_v rc_verbs rc_mlx5 ud ud_x ud_v ud_verbs ud_mlx5 dc dc_x dc_mlx5".split())
 
-#: Calls of progress (a millisecond apart) per look at agents from which nothing is expected.
+#: Calls of progress per look at agents from which nothing is expected.
 REST = 8
 
 #: Seconds that `connect` waits for the peer's answer; afterwards the posts wait.
