@@ -27,6 +27,7 @@ from pd.scheduler.handoff_base import (
     RoomsLost,
     SourceFree,
     Stop,
+    millis,
     to_i32,
     to_u64,
 )
@@ -42,6 +43,7 @@ from pd.scheduler.prefill_table import (
     PrefillState,
     Pushes,
     audit_handoffs,
+    covered,
     new_handoff,
     refusal_log,
     refusal_of,
@@ -129,9 +131,10 @@ class PrefillHandoffs:
         """Every push made with `after_step` since the last call rides on this step's order."""
         self._pushes.ordered(step)
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, now: float, step: int) -> None:
         """Pushes that rode on steps up to this one are with the runner: a reset from now on ends them."""
-        self._pushes.step_done(step)
+        self._now = now
+        self._pushes.step_done(now, step)
 
     def first_token(
         self,
@@ -287,6 +290,7 @@ class PrefillHandoffs:
             push.awaited.discard(event.rank)
             if not push.awaited:
                 self._ended(event.index)
+                h.pushed.append((push.began, now))
         detail = event.reason if isinstance(event, m.TransferFailed) else ""
         if kind is PrefillEvent.BROKEN and h.state in LIVE:
             self._reset(now, push.receiver, f"a push failed: {detail}")
@@ -377,7 +381,7 @@ class PrefillHandoffs:
         self._land_if_done(now, h, None)
 
     def _computed(self, now: float, h: Handoff, digests: Sequence[int] | Mapping[int, Sequence[int]]) -> None:
-        h.state = PrefillState.COMPUTED
+        h.state, h.computed_at = PrefillState.COMPUTED, now
         self._unqueue(h)
         ranks = self._sending(h)
         if isinstance(digests, Mapping):
@@ -398,7 +402,8 @@ class PrefillHandoffs:
             digests = to_u64(h.digests.get(rank, ()))
             self.peers.send(now, h.session, m.Landed(h.id, rank, digests, h.nbytes.get(rank, 0)))
         self._notices.append(SourceFree(h.id))
-        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values())))
+        took = {"push_ms": millis(covered(h.pushed)), "after_compute_ms": millis(now - h.computed_at)}
+        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values()), **took))
 
     def _cancelled(self, now: float, h: Handoff, _: Any) -> None:
         self._stop(now, h, "cancelled", "cancelled by the decode instance")

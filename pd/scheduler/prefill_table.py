@@ -109,6 +109,8 @@ class Handoff:
     stopped_at: float = 0.0
     quiet_at: float = 0.0  # not closed before
     source_free: bool = False
+    computed_at: float = 0.0
+    pushed: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each push
 
     def overdue(self, now: float) -> bool:
         """Once the first token is sent the decode instance alone knows the deadline: a token may move it."""
@@ -123,6 +125,15 @@ def new_handoff(now: float, session: Session, message: m.Prefill) -> Handoff:
     dests = ints(message.dests[0].blocks_i32)
     deadline, tokens = now + message.remaining_ms / 1000, len(message.tokens_i32) // 4
     return Handoff(message.id, session, tokens, dests, deadline, message.rid[:MAX_RID], missing=set(range(len(dests))))
+
+
+def covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Seconds in which at least one of these was under way."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 class ClosedIds:
@@ -146,7 +157,10 @@ class ClosedIds:
 
 @dataclass(eq=False)
 class PushState:
-    """`awaited`: sending ranks that have not reported. `riding`: not known to be with the runner yet."""
+    """`awaited`: sending ranks that have not reported. `riding`: not known to be with the runner yet.
+
+    `began`: the runner could begin with it: when it was ordered, or when the step that it rode on was done.
+    """
 
     handoff: Handoff
     receiver: Receiver
@@ -154,6 +168,7 @@ class PushState:
     riding: bool
     step: int | None
     created: float
+    began: float
 
 
 class Pushes:
@@ -171,7 +186,7 @@ class Pushes:
     def add(self, now: float, handoff: Handoff, receiver: Receiver, *, riding: bool) -> int:
         index = self._next
         self._next += 1
-        push = self._pushes[index] = PushState(handoff, receiver, set(receiver.sources), riding, None, now)
+        push = self._pushes[index] = PushState(handoff, receiver, set(receiver.sources), riding, None, now, now)
         handoff.pushes.add(index)
         receiver.pushes.add(index)
         if riding:
@@ -200,10 +215,10 @@ class Pushes:
             push.step = step
         self._boarding.clear()
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, now: float, step: int) -> None:
         for push in self._pushes.values():
             if push.riding and push.step is not None and push.step <= step:
-                push.riding = False
+                push.riding, push.began = False, now
 
     def posted(self, now: float, index: int) -> bool:
         """A riding push is with the runner when its step is done: told, or past the longest step."""

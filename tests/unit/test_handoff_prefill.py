@@ -364,6 +364,41 @@ def test_while_the_data_connection_is_made_anew_prefills_are_refused_as_busy() -
     assert [n.id for n in p.notices if isinstance(n, Accepted)] == [third] and again != third
 
 
+def landed_times(p: Prefill) -> dict[str, float]:
+    (line,) = (dict(o.fields) for o in p.out if isinstance(o, act.Log) and o.event == "handoff_landed")
+    return {name: line[name] for name in ("push_ms", "after_compute_ms")}
+
+
+def test_a_push_that_rides_on_a_step_counts_from_the_end_of_the_step() -> None:
+    p, _, id = accepted()
+    push = p.push(id, after_step=True)
+    p.machine.ordered(7)
+    p.now = 5.0
+    p.machine.step_done(p.now, 7)
+    p.compute(id)
+    p.now = 5.25
+    p.pushed(push)
+    assert landed_times(p) == {"push_ms": 250.0, "after_compute_ms": 250.0}
+
+
+def test_pushes_that_overlap_count_once_and_pauses_between_them_do_not() -> None:
+    p, _, id = accepted()
+    p.now = 1.0
+    p.machine.set_status(p.now, InstanceState.READY, Load(), 0)
+    first, second = p.push(id, 0, 1), p.push(id, 1, 1)
+    p.now = 2.0
+    p.pushed(second)
+    p.now = 3.0
+    p.pushed(first)
+    p.now = 6.0
+    p.machine.set_status(p.now, InstanceState.READY, Load(), 0)
+    third = p.push(id, 2, 1)
+    p.compute(id)
+    p.now = 6.5
+    p.pushed(third)
+    assert landed_times(p) == {"push_ms": 2500.0, "after_compute_ms": 500.0}
+
+
 def test_a_reset_does_not_end_a_push_that_still_rides_on_a_step() -> None:
     p, _, id = accepted()
     posted = p.push(id, 0, 1)
@@ -374,7 +409,7 @@ def test_a_reset_does_not_end_a_push_that_still_rides_on_a_step() -> None:
     p.transfer(m.TransferReset("d.1.0"))
     assert not [x for x in p.sent() if isinstance(x, m.Cancelled)], "the runner may get that push after the reset"
     assert not [n for n in p.notices if isinstance(n, SourceFree)]
-    p.machine.step_done(7)
+    p.machine.step_done(p.now, 7)
     p.tick(3.0)
     assert m.TransferResetPeer("d.1.0") in p.commands()
     p.transfer(m.TransferReset("d.1.0"))
