@@ -27,7 +27,6 @@ from pd.scheduler.handoff_base import (
     RoomsLost,
     SourceFree,
     Stop,
-    millis,
     to_i32,
     to_u64,
 )
@@ -43,7 +42,6 @@ from pd.scheduler.prefill_table import (
     PrefillState,
     Pushes,
     audit_handoffs,
-    covered,
     new_handoff,
     refusal_log,
     refusal_of,
@@ -131,10 +129,9 @@ class PrefillHandoffs:
         """Every push made with `after_step` since the last call rides on this step's order."""
         self._pushes.ordered(step)
 
-    def step_done(self, now: float, step: int) -> None:
+    def step_done(self, step: int) -> None:
         """Pushes that rode on steps up to this one are with the runner: a reset from now on ends them."""
-        self._now = now
-        self._pushes.step_done(now, step)
+        self._pushes.step_done(step)
 
     def first_token(
         self,
@@ -286,11 +283,11 @@ class PrefillHandoffs:
         if isinstance(event, m.TransferPushed):
             h.nbytes[event.rank] = h.nbytes.get(event.rank, 0) + event.nbytes
             self.counts.nbytes += event.nbytes
+            h.pushed.append((now - event.micros / 1e6, now))
         if kind is not PrefillEvent.BROKEN:
             push.awaited.discard(event.rank)
             if not push.awaited:
                 self._ended(event.index)
-                h.pushed.append((push.began, now))
         detail = event.reason if isinstance(event, m.TransferFailed) else ""
         if kind is PrefillEvent.BROKEN and h.state in LIVE:
             self._reset(now, push.receiver, f"a push failed: {detail}")
@@ -402,8 +399,7 @@ class PrefillHandoffs:
             digests = to_u64(h.digests.get(rank, ()))
             self.peers.send(now, h.session, m.Landed(h.id, rank, digests, h.nbytes.get(rank, 0)))
         self._notices.append(SourceFree(h.id))
-        took = {"push_ms": millis(covered(h.pushed)), "after_compute_ms": millis(now - h.computed_at)}
-        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values()), **took))
+        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values()), **h.took(now)))
 
     def _cancelled(self, now: float, h: Handoff, _: Any) -> None:
         self._stop(now, h, "cancelled", "cancelled by the decode instance")

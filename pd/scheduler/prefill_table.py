@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pd import messages as m
 from pd.scheduler.actions import Level, Log
-from pd.scheduler.handoff_base import MAX_RID, Table, handoff_log, ints
+from pd.scheduler.handoff_base import MAX_RID, Table, handoff_log, ints, millis
 from pd.scheduler.prefill_peers import PrefillPeers, Receiver, Session
 from pd.types import HandoffId, InstanceState
 
@@ -116,6 +116,15 @@ class Handoff:
         """Once the first token is sent the decode instance alone knows the deadline: a token may move it."""
         return self.state in LIVE and not self.first_sent and now >= self.deadline
 
+    def took(self, now: float) -> dict[str, float]:
+        """Milliseconds in which its pushes were under way, and from the end of its last step to now, when it landed.
+
+        The runner begins the last chunk's push as soon as it is computed, and may have done before its step's result
+        is here: the earlier of the two counts.
+        """
+        computed = min([self.computed_at, *(max(self.pushed)[:1] if self.pushed else ())])
+        return {"push_ms": millis(covered(self.pushed)), "after_compute_ms": millis(now - computed)}
+
     def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
         return handoff_log(event, self.rid, self.id, level, decode=self.session.hello.instance, **fields)
 
@@ -157,10 +166,7 @@ class ClosedIds:
 
 @dataclass(eq=False)
 class PushState:
-    """`awaited`: sending ranks that have not reported. `riding`: not known to be with the runner yet.
-
-    `began`: the runner could begin with it: when it was ordered, or when the step that it rode on was done.
-    """
+    """`awaited`: sending ranks that have not reported. `riding`: not known to be with the runner yet."""
 
     handoff: Handoff
     receiver: Receiver
@@ -168,7 +174,6 @@ class PushState:
     riding: bool
     step: int | None
     created: float
-    began: float
 
 
 class Pushes:
@@ -186,7 +191,7 @@ class Pushes:
     def add(self, now: float, handoff: Handoff, receiver: Receiver, *, riding: bool) -> int:
         index = self._next
         self._next += 1
-        push = self._pushes[index] = PushState(handoff, receiver, set(receiver.sources), riding, None, now, now)
+        push = self._pushes[index] = PushState(handoff, receiver, set(receiver.sources), riding, None, now)
         handoff.pushes.add(index)
         receiver.pushes.add(index)
         if riding:
@@ -215,10 +220,10 @@ class Pushes:
             push.step = step
         self._boarding.clear()
 
-    def step_done(self, now: float, step: int) -> None:
+    def step_done(self, step: int) -> None:
         for push in self._pushes.values():
             if push.riding and push.step is not None and push.step <= step:
-                push.riding, push.began = False, now
+                push.riding = False
 
     def posted(self, now: float, index: int) -> bool:
         """A riding push is with the runner when its step is done: told, or past the longest step."""

@@ -262,7 +262,7 @@ class Scheduler:
         assert core is not None, "a step cannot finish before the runner is up"
         flight = core.batcher.finished(event.now, done)
         if self.prefill is not None:
-            self.prefill.handoffs.step_done(event.now, done.step)
+            self.prefill.handoffs.step_done(done.step)
         core.stats.steps += 1
         core.stats.compute_us += done.compute_us
         if done.failed:

@@ -338,7 +338,7 @@ class PrefillHost(Host):
         job.stepping -= 1
         self._release(job)
         if self.tells_steps:
-            self.machine.step_done(now, step.number)
+            self.machine.step_done(step.number)
         if step.last and not job.stopped:
             self.machine.first_token(now, job.id, [m.FirstChoice(job.prompt)], 0)
             self.machine.computed(now, job.id, self._digests(job))

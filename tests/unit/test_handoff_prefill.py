@@ -369,33 +369,37 @@ def landed_times(p: Prefill) -> dict[str, float]:
     return {name: line[name] for name in ("push_ms", "after_compute_ms")}
 
 
-def test_a_push_that_rides_on_a_step_counts_from_the_end_of_the_step() -> None:
+def test_a_landed_prompt_counts_from_the_end_of_its_compute() -> None:
     p, _, id = accepted()
     push = p.push(id, after_step=True)
-    p.machine.ordered(7)
     p.now = 5.0
-    p.machine.step_done(p.now, 7)
     p.compute(id)
     p.now = 5.25
-    p.pushed(push)
-    assert landed_times(p) == {"push_ms": 250.0, "after_compute_ms": 250.0}
+    p.pushed(push, micros=240_000)
+    assert landed_times(p) == {"push_ms": 240.0, "after_compute_ms": 250.0}
+
+
+def test_a_push_that_is_done_before_its_steps_result_is_known_counts_from_its_begin() -> None:
+    p, _, id = accepted()
+    push = p.push(id, after_step=True)
+    p.now = 5.0
+    p.pushed(push, micros=30_000)
+    p.now = 5.01
+    p.compute(id)
+    assert landed_times(p) == {"push_ms": 30.0, "after_compute_ms": 40.0}
 
 
 def test_pushes_that_overlap_count_once_and_pauses_between_them_do_not() -> None:
     p, _, id = accepted()
-    p.now = 1.0
-    p.machine.set_status(p.now, InstanceState.READY, Load(), 0)
-    first, second = p.push(id, 0, 1), p.push(id, 1, 1)
+    pushes = [p.push(id, index, 1) for index in range(3)]
     p.now = 2.0
-    p.pushed(second)
+    p.pushed(pushes[1], micros=1_000_000)
     p.now = 3.0
-    p.pushed(first)
+    p.pushed(pushes[0], micros=2_000_000)
     p.now = 6.0
-    p.machine.set_status(p.now, InstanceState.READY, Load(), 0)
-    third = p.push(id, 2, 1)
     p.compute(id)
     p.now = 6.5
-    p.pushed(third)
+    p.pushed(pushes[2], micros=500_000)
     assert landed_times(p) == {"push_ms": 2500.0, "after_compute_ms": 500.0}
 
 
@@ -409,7 +413,7 @@ def test_a_reset_does_not_end_a_push_that_still_rides_on_a_step() -> None:
     p.transfer(m.TransferReset("d.1.0"))
     assert not [x for x in p.sent() if isinstance(x, m.Cancelled)], "the runner may get that push after the reset"
     assert not [n for n in p.notices if isinstance(n, SourceFree)]
-    p.machine.step_done(p.now, 7)
+    p.machine.step_done(7)
     p.tick(3.0)
     assert m.TransferResetPeer("d.1.0") in p.commands()
     p.transfer(m.TransferReset("d.1.0"))
