@@ -122,8 +122,9 @@ class Handoff:
         The runner begins the last chunk's push as soon as it is computed, and may have done before its step's result
         is here: the earlier of the two counts.
         """
-        computed = min([self.computed_at, *(max(self.pushed)[:1] if self.pushed else ())])
-        return {"push_ms": millis(covered(self.pushed)), "after_compute_ms": millis(now - computed)}
+        last = max((begin for begin, _ in self.pushed), default=self.computed_at)
+        after = now - min(last, self.computed_at)
+        return {"push_ms": millis(covered(self.pushed)), "after_compute_ms": millis(after)}
 
     def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
         return handoff_log(event, self.rid, self.id, level, decode=self.session.hello.instance, **fields)

@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
-        "vocab_size": 1024,
+        "vocab_size": 4096,
         "eos_token_id": 0,
     },
 }

@@ -22,7 +22,7 @@ from pd.bench.pair import curves, loads, single
 from pd.bench.pair.launch import Launcher
 from pd.bench.pair.options import Options
 from pd.bench.pair.parts import Part, Parts, merge, of_phase
-from pd.bench.pair.plan import START, Step, key_of, left_out, plan, setup_of
+from pd.bench.pair.plan import START, Step, deployment_of, key_of, left_out, plan, setup_of
 from pd.bench.pair.report import print_report, write_curves
 from pd.bench.serve.report import write_json
 from pd.errors import ConfigError, PdError
@@ -58,7 +58,7 @@ def installed_backends(options: Options) -> list[str]:
 class _Bench:
     def __init__(self, options: Options, installed: list[str]) -> None:
         self._options, self._installed = options, installed
-        self._parts = Parts(options.out / "parts")
+        self._parts, self._deployment = Parts(options.out / "parts"), deployment_of(options)
         self._began = time.monotonic()
         self._device = device_name(options)
 
@@ -67,7 +67,10 @@ class _Bench:
 
     def _steps(self) -> list[Step]:
         """With each system's best chunk size, as far as tuning has come."""
-        return plan(self._options, self._installed, curves.best_chunk(of_phase(self._parts.all(), "tune")))
+        return plan(self._options, self._installed, curves.best_chunk(of_phase(self._measured(), "tune")))
+
+    def _measured(self) -> list[dict[str, Any]]:
+        return self._parts.all(self._deployment)
 
     def _known(self, step: Step) -> bool:
         return self._parts.get(step.name, key_of(step, self._options)) is not None
@@ -85,17 +88,26 @@ class _Bench:
     def measure(self) -> list[str]:
         """Every step that is left; the names of those that the time limit did not allow."""
         done: set[str] = set()
-        with tempfile.TemporaryDirectory() as folder:
-            model = self._options.model or str(make_model(Path(folder), self._options.shape))
-            with Launcher(self._options, model) as launcher:
-                while (step := self._next(done)) is not None:
-                    setup = setup_of(step, self._options)
-                    need = step.seconds + (0 if launcher.same(setup) else START)
-                    if time.monotonic() - self._began + need > self._options.time_limit:
-                        return [one.name for one in self._steps() if one.name not in done and not self._known(one)]
-                    done.add(step.name)
+        with tempfile.TemporaryDirectory() as folder, Launcher(self._options, self._model()) as launcher:
+            while (step := self._next(done)) is not None:
+                if (lower := self._hopeless(step)) is not None:
+                    self._keep(step, [], {"problem": f"left out: far beyond its limit at {lower:g}/s already"})
+                elif time.monotonic() - self._began + self._need(step, launcher) > self._options.time_limit:
+                    return [one.name for one in self._steps() if one.name not in done and not self._known(one)]
+                else:
                     self._measure(step, launcher, Path(folder))
+                done.add(step.name)
         return []
+
+    def _model(self) -> str:
+        if self._options.model is not None:
+            return self._options.model
+        folder = self._options.out / self._options.shape
+        folder.mkdir(exist_ok=True)
+        return str(make_model(folder, self._options.shape))
+
+    def _need(self, step: Step, launcher: Launcher) -> float:
+        return step.seconds + (0 if launcher.same(setup_of(step, self._options)) else START)
 
     def _next(self, done: set[str]) -> Step | None:
         return next(
@@ -107,26 +119,25 @@ class _Bench:
         began = time.monotonic()
         commands: list[str] = []
         try:
-            if (lower := self._hopeless(step)) is not None:
-                result: dict[str, Any] = {"problem": f"left out: far beyond its limit at {lower:g}/s already"}
-            else:
-                launcher.ensure(setup_of(step, self._options))
-                commands = launcher.commands
-                result = self._result(step, launcher, folder)
+            launcher.ensure(setup_of(step, self._options))
+            commands = launcher.commands
+            result = self._result(step, launcher, folder)
         except (PdError, OSError, subprocess.SubprocessError) as error:
             result = {"problem": str(error)}
-        self._parts.put(
-            Part(step.name, step.phase, key_of(step, self._options), time.strftime("%Y-%m-%d"), self._device,
-                 step.transfer, step.visible, commands, result)
-        )  # fmt: skip
+        self._keep(step, commands, result)
         outcome = f"FAILED: {result['problem']}" if "problem" in result else "done"
         self.say(f"{step.name}: {outcome}, {time.monotonic() - began:.0f} s")
+
+    def _keep(self, step: Step, commands: list[str], result: dict[str, Any]) -> None:
+        key, today = key_of(step, self._options), time.strftime("%Y-%m-%d")
+        about = (step.name, step.phase, key, self._deployment, today, self._device, step.transfer, step.visible)
+        self._parts.put(Part(*about, commands, result))
 
     def _hopeless(self, step: Step) -> float | None:
         if step.phase != "load":
             return None
         keys = {key_of(s, self._options) for s in self._steps() if s.phase == "load"}
-        points = [part for part in of_phase(self._parts.all(), "load") if part["key"] in keys]
+        points = [part for part in of_phase(self._measured(), "load") if part["key"] in keys]
         return curves.hopeless(points, step.system, step.rate)
 
     def _result(self, step: Step, launcher: Launcher, folder: Path) -> dict[str, Any]:
@@ -145,7 +156,7 @@ class _Bench:
 
     def report(self) -> bool:
         """Write and show what the folder has. Whether a step failed."""
-        options, parts = self._options, self._parts.all()
+        options, parts = self._options, self._measured()
         command = shlex.join(["pd", *sys.argv[1:]])
         document = merge(parts, command, left_out(options, self._installed))
         write_json(options.json_path, document)

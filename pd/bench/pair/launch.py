@@ -43,9 +43,7 @@ class Process:
 
     @property
     def command(self) -> str:
-        """As a user writes it."""
-        before = [f"{name}={value}" for name, value in self.environment.items()]
-        return shlex.join([*before, "pd", *self.line])
+        return as_typed(self.line, self.environment)
 
     @property
     def alive(self) -> bool:
@@ -123,7 +121,7 @@ class Launcher:
         """Exactly this setup runs when it returns. Raises PdError."""
         specs = {one.name: _spec(setup, one) for one in setup.instances} if setup is not None else {}
         kept = {name for name, spec in specs.items() if self._kept(name, spec)}
-        router = ("router", setup.routed if setup is not None else ())
+        router = (setup.routed, setup.policy) if setup is not None else None
         if setup is not None and kept >= set(setup.routed) and self._kept("router", router):
             kept.add("router")
         for name in sorted(self._running.keys() - kept, key=lambda n: n != "router"):
@@ -150,21 +148,9 @@ class Launcher:
         return self._logs / f"{time.strftime('%H%M%S')}-{name}.log"
 
     def _instance(self, setup: Setup, one: Instance) -> Process:
-        options = self._options
         ports = free_ports(2 if one.role == "prefill" else 1)
-        line = ["serve", self._model, "--role", one.role, "--port", str(ports[0])]
-        if one.role == "prefill":
-            line += ["--control-port", str(ports[1])]
-        line += ["--transfer", one.transfer] if one.transfer else []
-        line += ["--load-format", "dummy"] if options.model is None else []
-        line += ["--device", "cpu"] if options.device == "cpu" else []
-        line += ["--base-gpu-id", str(one.gpu)] if one.gpu and not one.visible else []
-        line += ["--mem-fraction-static", str(fraction(setup, one.name))] if one.share else []
-        if one.chunk:
-            line += ["--chunked-prefill-size", str(one.chunk), "--max-prefill-tokens", str(one.chunk)]
-        line += ["--name", one.name, "--log-format", "json", *options.serve_flags]
-        environment = {"CUDA_VISIBLE_DEVICES": str(one.gpu)} if one.visible else {}
-        return Process(one.name, line, environment, ports, self._log(one.name))
+        line = serve_line(self._options, self._model, setup, one, ports)
+        return Process(one.name, line, environment_of(one), ports, self._log(one.name))
 
     def _router(self, setup: Setup) -> Process:
         roles = {one.name: one.role for one in setup.instances}
@@ -173,9 +159,32 @@ class Launcher:
             for name in setup.routed:
                 if (roles[name] == "prefill") == (flag == "--prefill"):
                     line += [flag, self[name].url]
+        line += ["--decode-policy", setup.policy] if setup.policy else []
         (port,) = free_ports(1)
         line += ["--port", str(port), "--log-format", "json", "--request-timeout", "60"]
         return Process("router", line, {}, (port,), self._log("router"))
+
+
+def serve_line(options: Options, model: str, setup: Setup, one: Instance, ports: tuple[int, ...]) -> list[str]:
+    """The arguments of `pd`. A setting that is the default is not there, as in a user's line."""
+    line = ["serve", model, "--role", one.role, "--port", str(ports[0])]
+    line += ["--control-port", str(ports[1])] if one.role == "prefill" else []
+    line += ["--transfer", one.transfer] if one.transfer else []
+    line += ["--load-format", "dummy"] if options.model is None else []
+    line += ["--device", "cpu"] if options.device == "cpu" else []
+    line += ["--base-gpu-id", str(one.gpu)] if one.gpu and not one.visible else []
+    line += ["--mem-fraction-static", str(fraction(setup, one.name))] if one.share else []
+    line += ["--chunked-prefill-size", str(one.chunk), "--max-prefill-tokens", str(one.chunk)] if one.chunk else []
+    return [*line, "--name", one.name, "--log-format", "json", *options.serve_flags]
+
+
+def environment_of(one: Instance) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": str(one.gpu)} if one.visible else {}
+
+
+def as_typed(line: list[str], environment: dict[str, str]) -> str:
+    """The command as a user writes it."""
+    return shlex.join([*(f"{name}={value}" for name, value in environment.items()), "pd", *line])
 
 
 def _spec(setup: Setup | None, one: Instance) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import uvloop
@@ -24,8 +25,8 @@ from pd.bench.serve.plan import Run, plan_runs
 from pd.bench.serve.requests import Target, discover
 from pd.errors import PdError
 
-#: Requests before the load, one after the other, of its own lengths.
-WARM_UP = 4
+#: Requests before the load, one after the other, with its own prompts' lengths and answers of so many tokens.
+WARM_UP, WARM_UP_OUTPUT = 8, 8
 
 #: When an instance is killed: so far into the time of sending.
 KILL_AT = 1 / 4
@@ -71,7 +72,7 @@ def kill(step: Step, options: Options, launcher: Launcher) -> dict[str, Any]:
 
 def arguments(step: Step, options: Options, url: str) -> serve.Options:
     """The load as `pd bench serve` understands it. Raises ConfigError."""
-    words = [url, "--return-token-ids", "--no-progress", "--seed", str(step.seed), "--warmup", str(WARM_UP)]
+    words = [url, "--return-token-ids", "--no-progress", "--seed", str(step.seed)]
     words += ["--slo-ttft-ms", str(options.slo_ttft_ms), "--slo-itl-ms", str(options.slo_itl_ms)]
     words += ["--timeout", str(options.request_timeout)]
     if step.phase == "trace":
@@ -79,7 +80,7 @@ def arguments(step: Step, options: Options, url: str) -> serve.Options:
         words += ["--length-scale", options.length_scale, "--time-scale", str(step.time_scale)]
     else:
         seconds = options.kill_seconds if step.phase == "kill" else options.seconds
-        count = max(WARM_UP, round(step.rate * seconds))
+        count = max(1, round(step.rate * seconds))
         words += ["--rate", str(step.rate), "--poisson", "--num-requests", str(count)]
         words += ["--input-len", str(options.input_len), "--output-len", str(options.output_len)]
     parser = argparse.ArgumentParser()
@@ -98,12 +99,18 @@ def _run(asked: serve.Options, strike: Strike | None = None) -> tuple[RunResult,
         return runner.run(_load(asked, run, strike)), asked
 
 
+def warming(run: Run) -> Run:
+    """Its first rows with short answers: lengths that the kernels have to get to know are those of prompts."""
+    few = run.warmup(WARM_UP)
+    return replace(few, rows=tuple(replace(row, output_len=min(row.output_len, WARM_UP_OUTPUT)) for row in few.rows))
+
+
 async def _load(asked: serve.Options, run: Run, strike: Strike | None) -> RunResult:
     """Every wait in here is bounded: a request by its timeout, the instance that comes back by START."""
     client = Client(asked.url)
     try:
         target: Target = await discover(client, asked)
-        if problems := await warm_up(client, run.warmup(asked.warmup), target, asked):
+        if problems := await warm_up(client, warming(run), target, asked):
             raise PdError(f"the warm-up failed: {problems[0]}")
         striking: list[asyncio.Task[None]] = []
 

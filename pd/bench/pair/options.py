@@ -48,6 +48,7 @@ class Options:
     kill_seconds: float
     down: float  # between a kill and the restart
     serve_flags: tuple[str, ...]
+    unified_policy: str
     verify_only: str
     request_timeout: float
     time_limit: float
@@ -77,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transfer", default="direct,nixl,mooncake", help="backends; load and kill take the first that is installed"
     )
     where.add_argument("--serve-flags", default="", metavar="TEXT", help="more flags of every `pd serve`, in one text")
+    where.add_argument("--unified-policy", default="", metavar="NAME", help="how requests go to the unified instances")
     _add_pushes(parser.add_argument_group("verify and push"))
     _add_load(parser.add_argument_group("tune, load, trace and kill"))
 
@@ -153,6 +155,7 @@ def resolve(args: argparse.Namespace) -> Options:
         kill_rate=_positive("kill_rate", rates[0] if args.kill_rate is None else args.kill_rate),
         kill_seconds=args.kill_seconds,
         down=args.down,
+        unified_policy=args.unified_policy,
         serve_flags=tuple(shlex.split(args.serve_flags)),
         verify_only=args.verify_only,
         request_timeout=args.request_timeout,

@@ -33,8 +33,10 @@ class Parts:
         new.write_text(json.dumps({**vars(part), "result": None, **part.result}, indent=1) + "\n")
         new.replace(path)
 
-    def all(self) -> list[dict[str, Any]]:
-        return [json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json"))]
+    def all(self, deployment: str) -> list[dict[str, Any]]:
+        """Those of this deployment: what a rehearsal left in the folder is none of it."""
+        found = [json.loads(path.read_text()) for path in sorted(self._folder.glob("*.json"))]
+        return [part for part in found if part["deployment"] == deployment]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Part:
     name: str
     phase: str
     key: str
+    deployment: str
     date: str
     device: str
     transfer: str
@@ -97,7 +100,7 @@ def named(part: Mapping[str, Any]) -> str:
 
 def without(part: Mapping[str, Any]) -> dict[str, Any]:
     """A part's figures alone."""
-    about = ("key", "phase", "commands", "name", "date", "device", "visible", "result")
+    about = ("key", "deployment", "phase", "commands", "name", "date", "device", "visible", "result")
     return {name: value for name, value in part.items() if name not in about}
 
 

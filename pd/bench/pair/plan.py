@@ -21,14 +21,14 @@ HALF, REFERENCE, BESIDE_REFERENCE = 0.42, 0.2, 0.31
 
 #: Which settings a step's result depends on, besides those of every step.
 _OF_ALL = ("model", "shape", "device", "one_gpu", "serve_flags")
-_OF_LOAD = ("input_len", "output_len", "seconds", "slo_ttft_ms", "slo_itl_ms", "request_timeout")
+_OF_LOAD = ("unified_policy", "input_len", "output_len", "seconds", "slo_ttft_ms", "slo_itl_ms", "request_timeout")
 _OF_PHASE: dict[str, tuple[str, ...]] = {
     "copy": ("copy_bytes",),
     "verify": ("verify_only",),
     "push": ("prompts", "repeats"),
     "tune": _OF_LOAD,
     "load": _OF_LOAD,
-    "trace": ("trace", "rows", "length_scale", "slo_ttft_ms", "slo_itl_ms", "request_timeout"),
+    "trace": ("unified_policy", "trace", "rows", "length_scale", "slo_ttft_ms", "slo_itl_ms", "request_timeout"),
     "kill": (*_OF_LOAD, "kill_seconds", "down"),
 }
 
@@ -55,6 +55,7 @@ class Setup:
 
     instances: tuple[Instance, ...]
     routed: tuple[str, ...]
+    policy: str = ""  # of the router for decode and unified instances; "": the default
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def setup_of(step: Step, options: Options) -> Setup | None:
         share = HALF if same else 0.0
         pair = [Instance(f"unified-{i}", "unified", gpu, chunk=step.chunk, share=share) for i, gpu in
                 enumerate((first, second))]  # fmt: skip
-        return _shared(options, pair)
+        return _shared(options, pair, options.unified_policy)
     # The reference stays where it is while pushes are measured, idle: a restart would cost more than it disturbs.
     reference = step.phase in ("verify", "push") and "verify" in options.only
     share = BESIDE_REFERENCE if reference else HALF
@@ -166,11 +167,12 @@ def setup_of(step: Step, options: Options) -> Setup | None:
     return _shared(options, [*others, *pair])
 
 
-def _shared(options: Options, instances: list[Instance]) -> Setup:
+def _shared(options: Options, instances: list[Instance], policy: str = "") -> Setup:
     """Without shares where the pool's size is said otherwise."""
     if options.device == "cpu" or {"--max-total-tokens", "--mem-fraction-static"} & set(options.serve_flags):
         instances = [Instance(**{**asdict(one), "share": 0.0}) for one in instances]
-    return Setup(tuple(instances), tuple(one.name for one in instances if one.name != "reference"))
+    routed = tuple(one.name for one in instances if one.name != "reference")
+    return Setup(tuple(instances), routed, policy)
 
 
 def fraction(setup: Setup, name: str) -> float:
@@ -183,9 +185,17 @@ def fraction(setup: Setup, name: str) -> float:
     raise KeyError(name)
 
 
+def deployment_of(options: Options) -> str:
+    """Equal where parts may stand in one document."""
+    return _hash({name: getattr(options, name) for name in _OF_ALL})
+
+
 def key_of(step: Step, options: Options) -> str:
     """Equal where a part would be measured in the same way."""
     names = _OF_ALL + _OF_PHASE[step.phase]
     settings: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(options) if f.name in names}
-    what = {**asdict(step), "seconds": 0}
-    return hashlib.blake2b(json.dumps([settings, what], default=str).encode(), digest_size=8).hexdigest()
+    return _hash([settings, {**asdict(step), "seconds": 0}])
+
+
+def _hash(what: Any) -> str:
+    return hashlib.blake2b(json.dumps(what, default=str).encode(), digest_size=8).hexdigest()
