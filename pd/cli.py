@@ -30,6 +30,7 @@ _BENCHMARKS = {
     "serve": "load on a running server: throughput and latencies",
     "transfer": "KV blocks from one process to another through a transfer backend",
     "scheduler": "the scheduler's own cost per step",
+    "pair": "prefill and decode on two GPUs of one host: output, KV pushes, load beside two unified instances, kills",
     "engine": "one GPU: decode steps, prefill, throughput, beside what its bandwidth and rates allow",
 }
 

@@ -465,13 +465,14 @@ class TransferPush(Message):
 
 
 class TransferPushed(Message):
-    """Sender: every write of this push has been applied at the destination."""
+    """Sender: every write of this push has been applied at the destination, `micros` after it could begin."""
 
     tag: int
     index: int
     nbytes: int
     peer: str = ""
     rank: int = 0
+    micros: int = 0
 
 
 class TransferFailed(Message):

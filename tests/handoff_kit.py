@@ -209,8 +209,8 @@ class Prefill(Machine):
         self.machine.first_token(self.now, id, [m.FirstChoice(5)], 0)
         self.machine.computed(self.now, id, [1, 2, 3])
 
-    def pushed(self, push: m.Push, rank: int = 0) -> None:
-        self.transfer(m.TransferPushed(push.tag, push.index, 64, push.peer, rank))
+    def pushed(self, push: m.Push, rank: int = 0, micros: int = 0) -> None:
+        self.transfer(m.TransferPushed(push.tag, push.index, 64, push.peer, rank, micros))
 
     def failed(self, push: m.Push, quiet: bool = False) -> None:
         self.transfer(m.TransferFailed(push.tag, push.index, "link down", push.peer, quiet))

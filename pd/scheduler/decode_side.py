@@ -14,7 +14,7 @@ from pd.scheduler.handoff import (
     GrantReturned,
     Ready,
 )
-from pd.scheduler.handoff_base import LEG_DROPPED, UNCONSTRAINABLE, handoff_log
+from pd.scheduler.handoff_base import LEG_DROPPED, UNCONSTRAINABLE, handoff_log, millis
 from pd.scheduler.request import ALL_BUT_LAST, Request, State
 from pd.scheduler.rooms import label_of
 
@@ -94,14 +94,14 @@ class DecodeSide:
                 request.leg = ""  # that instance answers it by itself
             return request, notice.message
         if isinstance(notice, Ready):
-            self._ready(request, notice)
+            self._ready(now, request, notice)
         elif isinstance(notice, AttemptFailed):
             self._failed(request, notice)
         elif isinstance(notice, GrantReturned):
             self._returned(request, notice)
         return None
 
-    def _ready(self, request: Request, notice: Ready) -> None:
+    def _ready(self, now: float, request: Request, notice: Ready) -> None:
         """Its KV is here and verified; the blocks are the request's now."""
         core = self.core
         self._detach(request)
@@ -116,9 +116,12 @@ class DecodeSide:
             core.batcher.enter(request, computed)
             request.done = ALL_BUT_LAST
             core.batcher.cache(request, computed)
-        core.out.append(
-            handoff_log("handoff_landed", request.rid, notice.id, blocks=len(notice.blocks), bytes=notice.nbytes)
-        )
+        fields = {
+            "blocks": len(notice.blocks),
+            "bytes": notice.nbytes,
+            "after_first_ms": millis(now - request.heard_at),
+        }
+        core.out.append(handoff_log("handoff_landed", request.rid, notice.id, "info", **fields))
 
     def _failed(self, request: Request, notice: AttemptFailed) -> None:
         """Retry at once with a new grant: the pin on the prefix survives, the old grant drains by itself."""

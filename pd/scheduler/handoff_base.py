@@ -324,6 +324,11 @@ def handoff_log(event: str, rid: str, id: HandoffId, level: Level = "info", **fi
     return Log(event, (("rid", rid), ("handoff", f"{id.tag:x}"), *fields.items()), level)
 
 
+def millis(seconds: float) -> float:
+    """As log lines show times."""
+    return round(1e3 * seconds, 3)
+
+
 # --- who sends to whom ----------------------------------------------------------------------------------------------
 
 

@@ -283,6 +283,7 @@ class PrefillHandoffs:
         if isinstance(event, m.TransferPushed):
             h.nbytes[event.rank] = h.nbytes.get(event.rank, 0) + event.nbytes
             self.counts.nbytes += event.nbytes
+            h.pushed.append((now - event.micros / 1e6, now))
         if kind is not PrefillEvent.BROKEN:
             push.awaited.discard(event.rank)
             if not push.awaited:
@@ -377,7 +378,7 @@ class PrefillHandoffs:
         self._land_if_done(now, h, None)
 
     def _computed(self, now: float, h: Handoff, digests: Sequence[int] | Mapping[int, Sequence[int]]) -> None:
-        h.state = PrefillState.COMPUTED
+        h.state, h.computed_at = PrefillState.COMPUTED, now
         self._unqueue(h)
         ranks = self._sending(h)
         if isinstance(digests, Mapping):
@@ -398,7 +399,7 @@ class PrefillHandoffs:
             digests = to_u64(h.digests.get(rank, ()))
             self.peers.send(now, h.session, m.Landed(h.id, rank, digests, h.nbytes.get(rank, 0)))
         self._notices.append(SourceFree(h.id))
-        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values())))
+        self.out.append(h.log("handoff_landed", blocks=len(h.dests), bytes=sum(h.nbytes.values()), **h.took(now)))
 
     def _cancelled(self, now: float, h: Handoff, _: Any) -> None:
         self._stop(now, h, "cancelled", "cancelled by the decode instance")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Links:
     def __init__(self, sockets: Sockets, emit: Emit, spawn: Spawn, control: ControlConfig, host: str) -> None:
         self.sockets, self.emit, self.spawn, self.host = sockets, emit, spawn, host
         self.options = LinkOptions(heartbeat=control.link_heartbeat, reconnect=False, linger=0.5)
-        self._clock = asyncio.get_running_loop().time
+        self._clock = time.monotonic
         self._sessions: dict[int, _Session] = {}
         self._conns: dict[int, bytes] = {}
         self._next_conn = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pd import messages as m
 from pd.scheduler.actions import Level, Log
-from pd.scheduler.handoff_base import MAX_RID, Table, handoff_log, ints
+from pd.scheduler.handoff_base import MAX_RID, Table, handoff_log, ints, millis
 from pd.scheduler.prefill_peers import PrefillPeers, Receiver, Session
 from pd.types import HandoffId, InstanceState
 
@@ -109,10 +109,22 @@ class Handoff:
     stopped_at: float = 0.0
     quiet_at: float = 0.0  # not closed before
     source_free: bool = False
+    computed_at: float = 0.0
+    pushed: list[tuple[float, float]] = field(default_factory=list)  # begin and end of each push
 
     def overdue(self, now: float) -> bool:
         """Once the first token is sent the decode instance alone knows the deadline: a token may move it."""
         return self.state in LIVE and not self.first_sent and now >= self.deadline
+
+    def took(self, now: float) -> dict[str, float]:
+        """Milliseconds in which its pushes were under way, and from the end of its last step to now, when it landed.
+
+        The runner begins the last chunk's push as soon as it is computed, and may have done before its step's result
+        is here: the earlier of the two counts.
+        """
+        last = max((begin for begin, _ in self.pushed), default=self.computed_at)
+        after = now - min(last, self.computed_at)
+        return {"push_ms": millis(covered(self.pushed)), "after_compute_ms": millis(after)}
 
     def log(self, event: str, level: Level = "info", /, **fields: object) -> Log:
         return handoff_log(event, self.rid, self.id, level, decode=self.session.hello.instance, **fields)
@@ -123,6 +135,15 @@ def new_handoff(now: float, session: Session, message: m.Prefill) -> Handoff:
     dests = ints(message.dests[0].blocks_i32)
     deadline, tokens = now + message.remaining_ms / 1000, len(message.tokens_i32) // 4
     return Handoff(message.id, session, tokens, dests, deadline, message.rid[:MAX_RID], missing=set(range(len(dests))))
+
+
+def covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """Seconds in which at least one of these was under way."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
 
 
 class ClosedIds:

@@ -68,7 +68,7 @@ class Service:
         self.config, self._group = config, tasks
         self._tasks: set[asyncio.Task[None]] = set()
         self.log = structlog.get_logger()
-        self.clock = asyncio.get_running_loop().time
+        self.clock = time.monotonic  # the loop's own clock counts milliseconds, a push takes less
         self.exit: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self._events: deque[ev.Event] = deque()
         self._busy = False
@@ -254,9 +254,9 @@ class Service:
 
     async def tick(self) -> None:
         while True:
-            due = time.monotonic() + TICK  # finer than the loop's own clock, which counts milliseconds
+            due = self.clock() + TICK
             await asyncio.sleep(TICK)
-            self.apply(ev.Tick(self.clock(), max(0.0, time.monotonic() - due)))
+            self.apply(ev.Tick(self.clock(), max(0.0, self.clock() - due)))
 
     def close(self) -> None:
         for task in self._tasks:

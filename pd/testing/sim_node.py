@@ -222,7 +222,7 @@ class Node:
         if self.alive:
             self.world.later(
                 self.world.draw(self.world.config.message_delay),
-                lambda: self._say(m.TransferPushed(push.tag, push.index, nbytes, push.peer)),
+                lambda: self._say(m.TransferPushed(push.tag, push.index, nbytes, push.peer, micros=500)),
                 node=self,
             )
 

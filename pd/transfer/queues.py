@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class Job:
     """One push under way. `settled`: nothing of it is in flight and its memory was let go."""
 
     push: Push
+    arrived: float
     deadline: float
     spans: Spans
     pieces: Iterator[Spans]
@@ -62,6 +64,7 @@ class Job:
 class Waiting:
     arrival: int
     push: Push
+    arrived: float
     deadline: float
 
 
@@ -79,9 +82,10 @@ class PushQueue:
         emit: Emit,
         timeout: float,
         rank: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend, self._pools, self._staging, self._emit = backend, pools, staging, emit
-        self._timeout, self._rank = timeout, rank
+        self._timeout, self._rank, self._clock = timeout, rank, clock
         self._capabilities = backend.capabilities
         self.connections: dict[str, Connection] = {}
         self._waiting: dict[str, collections.deque[Waiting]] = {}
@@ -95,7 +99,7 @@ class PushQueue:
         return bool(self._waiting) or any(not job.reported for job in self._jobs)
 
     def add(self, push: Push, now: float) -> None:
-        waiting = Waiting(next(self._arrivals), push, now + self._timeout)
+        waiting = Waiting(next(self._arrivals), push, now, now + self._timeout)
         self._waiting.setdefault(push.peer, collections.deque()).append(waiting)
 
     def cancel(self, peer: str, tag: int) -> None:
@@ -179,7 +183,7 @@ class PushQueue:
                 self._fail(push, str(error), quiet=True)
                 return
             pieces = posts(spans, self._capabilities.max_spans_per_post)
-            job = Job(push, waiting.deadline, spans, pieces, connection)
+            job = Job(push, waiting.arrived, waiting.deadline, spans, pieces, connection)
             self._staging.hold(spans)
             self._jobs.append(job)
             self._post(job)
@@ -248,7 +252,9 @@ class PushQueue:
         if not job.error and not job.cancelled:
             self._settle(job)
             job.reported = True
-            self._emit(TransferPushed(job.push.tag, job.push.index, job.nbytes, job.push.peer, self._rank))
+            micros = max(0, int(1e6 * (self._clock() - job.arrived)))  # `step`'s now is from before a post that blocks
+            push = job.push
+            self._emit(TransferPushed(push.tag, push.index, job.nbytes, push.peer, self._rank, micros))
         elif not job.error or (self._capabilities.quiet_errors and not job.connection.broken):
             self._settle(job)
             job.reported = True

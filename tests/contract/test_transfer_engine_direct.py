@@ -36,7 +36,7 @@ from pd.transfer.port import ChannelPort
 from pd.transfer.spans import Pool
 from pd.types import BlockShape
 from tests.shared_device import SharedDevice
-from tests.transfer_kit import NoDevice, i32, u64
+from tests.transfer_kit import NoDevice, i32, timeless, u64
 
 BLOCKS = 64
 
@@ -73,7 +73,7 @@ class Rank:
     def next(self):
         event = self.channel.recv(10.0)
         assert event is not None, "no answer"
-        return event
+        return timeless(event)
 
     def connect(self, other):
         assert self.ask(TransferConnect(other.name, other.engine.descriptor(), other.heads)) == TransferConnected(

@@ -364,6 +364,45 @@ def test_while_the_data_connection_is_made_anew_prefills_are_refused_as_busy() -
     assert [n.id for n in p.notices if isinstance(n, Accepted)] == [third] and again != third
 
 
+def landed_times(p: Prefill) -> dict[str, float]:
+    (line,) = (dict(o.fields) for o in p.out if isinstance(o, act.Log) and o.event == "handoff_landed")
+    return {name: line[name] for name in ("push_ms", "after_compute_ms")}
+
+
+def test_a_landed_prompt_counts_from_the_end_of_its_compute() -> None:
+    p, _, id = accepted()
+    push = p.push(id, after_step=True)
+    p.now = 5.0
+    p.compute(id)
+    p.now = 5.25
+    p.pushed(push, micros=240_000)
+    assert landed_times(p) == {"push_ms": 240.0, "after_compute_ms": 250.0}
+
+
+def test_a_push_that_is_done_before_its_steps_result_is_known_counts_from_its_begin() -> None:
+    p, _, id = accepted()
+    push = p.push(id, after_step=True)
+    p.now = 5.0
+    p.pushed(push, micros=30_000)
+    p.now = 5.01
+    p.compute(id)
+    assert landed_times(p) == {"push_ms": 30.0, "after_compute_ms": 40.0}
+
+
+def test_pushes_that_overlap_count_once_and_pauses_between_them_do_not() -> None:
+    p, _, id = accepted()
+    pushes = [p.push(id, index, 1) for index in range(3)]
+    p.now = 2.0
+    p.pushed(pushes[1], micros=1_000_000)
+    p.now = 3.0
+    p.pushed(pushes[0], micros=2_000_000)
+    p.now = 6.0
+    p.compute(id)
+    p.now = 6.5
+    p.pushed(pushes[2], micros=500_000)
+    assert landed_times(p) == {"push_ms": 2500.0, "after_compute_ms": 500.0}
+
+
 def test_a_reset_does_not_end_a_push_that_still_rides_on_a_step() -> None:
     p, _, id = accepted()
     posted = p.push(id, 0, 1)

@@ -14,6 +14,9 @@ from pd.testing.instance import Instance, settings
 from pd.testing.sim_cluster import SimCluster, SimConfig
 from pd.types import HandoffId
 
+#: What a landed hand-off's lines say of time, in ms: on the prefill instance, and on the decode instance.
+TIMES = ("push_ms", "after_compute_ms", "after_first_ms")
+
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return [random.Random(seed).randrange(50_000) for _ in range(length)]
@@ -58,7 +61,10 @@ def test_a_request_can_be_followed_through_both_sides_by_its_id() -> None:
     sim.submit(sim.nodes["d0"], prompt(8) + prompt(11, 2), 3)
     assert sim.settle(20)
     handoff = of_rid(sim, "r2", "d0", "handoff_asked")["handoff"]
-    assert lines(sim, rid="r2", handoff=handoff) == [
+    story = lines(sim, rid="r2", handoff=handoff)
+    took = [fields.pop(name) for *_, fields in story for name in TIMES if name in fields]
+    assert len(took) == 3 and all(0 < ms < 20 for ms in took)
+    assert story == [
         ("d0", "info", "handoff_asked", {"prefill": "tcp://p0:1", "tokens": 19, "emitted": 0, "blocks": 3}),
         ("p0", "info", "handoff_accepted", {"decode": "d0", "tokens": 19}),
         ("p0", "info", "handoff_started", {"cached": 8}),

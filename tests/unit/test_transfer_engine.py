@@ -62,7 +62,7 @@ class Sender:
         self.backend.register([self.pool.region])
         self.events = []
         staging = Staging(self.backend, [self.pool], NoDevice())
-        self.queue = PushQueue(self.backend, [self.pool], staging, self.events.append, timeout)
+        self.queue = PushQueue(self.backend, [self.pool], staging, self.events.append, timeout, clock=lambda: 0.0)
         self.peers = {}
         for name in peers:
             there = ScriptedBackend(self.network)
@@ -435,7 +435,7 @@ def test_device_memory_goes_through_host_mirrors_and_their_pages_are_given_back(
     device, backend, pools, staging = sides["P"]
     device.memory[:] = np.random.default_rng(2).integers(0, 256, device.memory.size, dtype=np.uint8)
     events = []
-    queue = PushQueue(backend, pools, staging, events.append, 30.0)
+    queue = PushQueue(backend, pools, staging, events.append, 30.0, clock=lambda: 0.001)
     queue.connect("D", b"D", (0, 0))
     there, other, their_pools, their_staging = sides["D"]
     receiving = Receiving(other, their_pools, their_staging, there)
@@ -443,7 +443,7 @@ def test_device_memory_goes_through_host_mirrors_and_their_pages_are_given_back(
     queue.add(push(src=(1, 2), dst=(6, 3)), 0.0)
     while queue.step(0.0):
         pass
-    assert events == [TransferPushed(7, 0, 2 * shape.nbytes, "D")]
+    assert events == [TransferPushed(7, 0, 2 * shape.nbytes, "D", micros=1000)]
     blocks = device.memory.reshape(8, -1)
     digests = u64(*(digest_block(blocks[b], 4, pools[0].geometry) for b in (1, 2)))
     answer = receiving.check(receiving.begin_verify(TransferVerify("P", 7, i32(6, 3), i32(4, 4), digests)))

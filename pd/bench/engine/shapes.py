@@ -35,6 +35,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "eos_token_id": 128001,
     },
+    # For a rehearsal without a GPU.
+    "tiny": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": 4096,
+        "eos_token_id": 0,
+    },
 }
 
 

@@ -98,7 +98,7 @@ def run_bench(options: Options) -> int:
     """
     runs = plan_runs(options)
     _check_warmup(options, runs)
-    _raise_file_limit()
+    raise_file_limit()
     bench = _Bench(options, runs)
     interrupted = False
     with contextlib.ExitStack() as stack:
@@ -134,7 +134,7 @@ def _check_warmup(options: Options, runs: list[Run]) -> None:
         raise ConfigError("--warmup", f"a run has only {len(runs[0].rows)} requests", "warm up with at most as many")
 
 
-def _raise_file_limit() -> None:
+def raise_file_limit() -> None:
     """A stream is a socket: raise the soft limit, often 1,024, to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

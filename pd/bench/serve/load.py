@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pd.bench.serve.client import Client
@@ -42,9 +43,19 @@ class RunResult:
 
 
 class Load:
-    """Drives one run. Owns the requests' tasks: all of them have ended when `execute` returns."""
+    """Drives one run. Owns the requests' tasks: all of them have ended when `execute` returns.
 
-    def __init__(self, client: Client, run: Run, target: Target, options: Options) -> None:
+    `started` is called with the run's start (time.perf_counter) when it is known.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        run: Run,
+        target: Target,
+        options: Options,
+        started: Callable[[float], None] = lambda start: None,
+    ) -> None:
         self._client, self._run, self._target, self._options = client, run, target, options
         self._counters = Counters(total=len(run.rows))
         self._outcomes: list[Outcome] = []
@@ -52,7 +63,7 @@ class Load:
         self._id = f"bench-{os.urandom(4).hex()}"  # request ids must differ between invocations
         cap = options.max_concurrency
         self._slots = asyncio.Semaphore(cap) if cap is not None else None
-        self._start = 0.0
+        self._start, self._started = 0.0, started
 
     async def execute(self) -> RunResult:
         """Send every row at its time and wait for the last answer."""
@@ -73,6 +84,7 @@ class Load:
 
     async def _send_all(self, ahead: Ahead) -> None:
         self._start = time.perf_counter() + _LEAD
+        self._started(self._start)
         async with asyncio.TaskGroup() as tasks:
             for number, row in enumerate(self._run.rows):
                 body = ahead.take()
