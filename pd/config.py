@@ -110,6 +110,12 @@ class ModelConfig:
         256, "largest decode batch that is captured as a CUDA graph", unit="requests", at_least=1
     )
     disable_cuda_graph: bool = setting(False, "launch every kernel of a decode step by itself")
+    device_wait: str = setting(
+        "auto",
+        "how a GPU's step is waited for: spin occupies a core while one is computed, sleep learns of its end some "
+        "0.1 ms later (auto: spin where this process may use four cores or more per GPU)",
+        choices=("auto", "spin", "sleep"),
+    )
     revision: str = setting("", "branch, tag or commit of a model from the hub (default: main)")
 
 

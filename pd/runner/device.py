@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -43,6 +44,9 @@ WARM_PROMPTS = ((4, 0), (32, 2048), (1120, 0), (8192, 0))
 
 #: Tokens of a prompt that one step may take, by default.
 LONGEST_STEP = STEP_TOKENS["cuda"][0]
+
+#: Cores per GPU from which on one of them may do nothing but wait for it.
+SPIN_CORES = 4
 
 Log = Callable[..., None]
 
@@ -176,6 +180,7 @@ class Gpu:
             push=push,
             grammars=grammars,
             by_torch=by_torch,
+            spin=spins(config.model.device_wait, len(os.sched_getaffinity(0)), torch.cuda.device_count()),
         )
         if not by_torch and info.dtype != "float32":
             _plan_attention(info, self._device)
@@ -200,6 +205,11 @@ class Gpu:
         worker.start(graphs, ends.launched)
         self._worker = worker
         return worker
+
+
+def spins(wait: str, cores: int, gpus: int) -> bool:
+    """What `--device-wait` means where this process may use `cores` cores and sees `gpus` GPUs."""
+    return wait == "spin" or (wait == "auto" and cores >= SPIN_CORES * gpus)
 
 
 @torch.inference_mode()

@@ -84,13 +84,17 @@ class DeviceWorker:
         push: Callable[[Push], None] | None = None,
         grammars: Grammars | None = None,
         by_torch: bool = False,
+        spin: bool = False,
     ) -> None:
-        """`group` query heads share a kv head. `by_torch`: attention without kernels, for comparison."""
+        """`group` query heads share a kv head. `by_torch`: attention without kernels, for comparison.
+
+        `spin`: who waits for a step's event occupies a core meanwhile, without the interpreter's lock.
+        """
         self._orders = Orders(model, pool, vocab_size, push, grammars)
         self.table = self._orders.table
         self._model, self._pool, self._state, self._rank, self._digest = model, pool, state, rank, digest
         self._graphs: StepGraphs | None = None
-        self._by_torch = by_torch
+        self._by_torch, self._spin = by_torch, spin
         self._device = state.state.last.device
         self._inputs = InputBuilder(pool.shape.tokens, group, state.state.scratch, self._device)
         self._pending: deque[Launched] = deque()
@@ -117,7 +121,7 @@ class DeviceWorker:
             self._compute(launched, self._grown_rows(rows, grown))
         self._launch_digests(launched)
         if self._device.type == "cuda":
-            launched.event = torch.cuda.Event(blocking=True)
+            launched.event = torch.cuda.Event(blocking=not self._spin)
             launched.event.record()
         self._pending.append(launched)
         self._tell(launched.event)

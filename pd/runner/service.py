@@ -205,17 +205,17 @@ def serve(
     for source in readable:
         poller.register(source, zmq.POLLIN)
     while not context.stop_requested():
-        alarm.check()
-        for compiled in runner.grammars.take_compiled():
-            channel.send(compiled, SEND_TIMEOUT)
-        while ends.take():
+        while ends.take():  # first: clients wait for it
             done = runner.worker.finish()
             if pushing.popleft() and faults is not None:  # they are on their way, and nobody knows yet
                 faults.reached("push")
             channel.send(done, SEND_TIMEOUT)
-        profiler.written()
         order = channel.recv(0)
         if order is None:
+            alarm.check()
+            for compiled in runner.grammars.take_compiled():
+                channel.send(compiled, SEND_TIMEOUT)
+            profiler.written()
             poller.poll()
         elif isinstance(order, GrammarCompile):
             runner.grammars.compile(order)

@@ -14,7 +14,7 @@ from pd.errors import ConfigError
 from pd.models.info import check_model
 from pd.runner.config import RunnerConfig
 from pd.runner.cuda_digest import PoolDigests
-from pd.runner.device import Cpu, open_device
+from pd.runner.device import Cpu, open_device, spins
 from pd.runner.graphs import graph_sizes
 from pd.runner.kv_pool import KvPool, allocate_region, count_device_blocks
 from pd.runner.loading import load_model
@@ -78,6 +78,21 @@ def test_captured_batches_reach_the_largest_and_waste_little(largest: int) -> No
     for rows in range(1, largest + 1):
         filled = next(size for size in sizes if size >= rows)
         assert filled - rows <= (3 if filled <= 32 else 15)
+
+
+@pytest.mark.parametrize(
+    ("wait", "cores", "gpus", "expected"),
+    [
+        ("auto", 16, 1, True),
+        ("auto", 16, 8, False),
+        ("auto", 4, 1, True),
+        ("auto", 3, 1, False),
+        ("spin", 1, 8, True),
+        ("sleep", 64, 1, False),
+    ],
+)
+def test_waiting_takes_a_core_only_where_there_are_enough(wait: str, cores: int, gpus: int, expected: bool) -> None:
+    assert spins(wait, cores, gpus) is expected
 
 
 def test_random_weights_are_the_same_everywhere_and_none_is_like_another() -> None:
