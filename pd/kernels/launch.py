@@ -31,6 +31,7 @@ The guard is a constexpr because Triton's interpreter knows neither instruction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -56,3 +57,16 @@ def launch_options(num_warps: int, *, num_stages: int = 3, pdl: bool = False) ->
     if pdl:
         options["launch_pdl"] = True
     return options
+
+
+def watch_compilation(told: Callable[[str], None]) -> None:
+    """From now on `told` gets the name of each kernel that a launch had to compile first, in this process.
+
+    A server that has warmed up should hear nothing: compiling takes a second or so, in which every request waits.
+    """
+    import triton
+
+    def compiled(*, fn: Any, **_: object) -> None:
+        told(fn.name)
+
+    triton.knobs.runtime.jit_post_compile_hook = compiled

@@ -203,6 +203,10 @@ class Gpu:
                 )
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
+        if not by_torch:
+            from pd.kernels.launch import watch_compilation  # needs triton
+
+            watch_compilation(lambda kernel: log("kernel compiled while serving", kernel=kernel))
         self._worker = worker
         return worker
 

@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "vocab_size": 128256,
-        "eos_token_id": 128001,
+        "eos_token_id": 0,  # the bundled tokenizer's, as for the other shape
     },
     # For a rehearsal without a GPU.
     "tiny": {
