@@ -25,19 +25,19 @@ from pd.bench.pair.parts import Part, Parts, merge, of_phase
 from pd.bench.pair.plan import START, Step, deployment_of, key_of, left_out, plan, setup_of
 from pd.bench.pair.report import print_report, write_curves
 from pd.bench.serve.report import write_json
+from pd.bench.transfer_ends import installed
 from pd.errors import ConfigError, PdError
-from pd.plugins import load_plugins
 
 #: Exit code when the time limit left steps unmeasured.
 NOT_ALL = 3
 
 
 def run_bench(options: Options) -> int:
-    installed = installed_backends(options)
-    if not installed:
-        raise ConfigError("--transfer", f"none of {', '.join(options.transfers)} is installed", "see `pd plugins`")
+    unusable = unusable_backends(options)
+    if set(unusable) == set(options.transfers):
+        raise ConfigError("--transfer", "; ".join(unusable.values()), "see `pd plugins`")
     options.out.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(options, installed)
+    bench = _Bench(options, unusable)
     if options.plan:
         bench.show_plan()
         return 0
@@ -49,15 +49,20 @@ def run_bench(options: Options) -> int:
     return 1 if failed else NOT_ALL if left else 0
 
 
-def installed_backends(options: Options) -> list[str]:
-    """Of those that were asked for, in that order: registered by a plugin, and usable on this machine."""
-    backends = load_plugins().backends()
-    return [name for name in options.transfers if name in backends and not backends[name].unavailable()]
+def unusable_backends(options: Options) -> dict[str, str]:
+    """Of those that were asked for: the ones that no plugin brings, or that do not work on this machine, and why."""
+    found = {}
+    for name in options.transfers:
+        try:
+            installed(name)
+        except ConfigError as error:
+            found[name] = f"{error.problem}; {error.remedy}"
+    return found
 
 
 class _Bench:
-    def __init__(self, options: Options, installed: list[str]) -> None:
-        self._options, self._installed = options, installed
+    def __init__(self, options: Options, unusable: dict[str, str]) -> None:
+        self._options, self._unusable = options, unusable
         self._parts, self._deployment = Parts(options.out / "parts"), deployment_of(options)
         self._began = time.monotonic()
         self._device = device_name(options)
@@ -67,7 +72,8 @@ class _Bench:
 
     def _steps(self) -> list[Step]:
         """With each system's best chunk size, as far as tuning has come."""
-        return plan(self._options, self._installed, curves.best_chunk(of_phase(self._measured(), "tune")))
+        usable = [name for name in self._options.transfers if name not in self._unusable]
+        return plan(self._options, usable, curves.best_chunk(of_phase(self._measured(), "tune")))
 
     def _measured(self) -> list[dict[str, Any]]:
         return self._parts.all(self._deployment)
@@ -158,7 +164,7 @@ class _Bench:
         """Write and show what the folder has. Whether a step failed."""
         options, parts = self._options, self._measured()
         command = shlex.join(["pd", *sys.argv[1:]])
-        document = merge(parts, command, left_out(options, self._installed))
+        document = merge(parts, command, left_out(options, self._unusable))
         write_json(options.json_path, document)
         for name, points in (("load", document["curves"]), ("trace", document["trace"])):
             if points:

@@ -94,17 +94,17 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--input-len", type=int, default=2048, help="default: 2048")
     group.add_argument("--output-len", type=int, default=512, help="default: 512")
     group.add_argument("--rates", default="4,8,12,16,20", help="requests/s of all together, rising (default: 4 to 20)")
-    group.add_argument("--seconds", type=float, default=45.0, help="of sending at each rate (default: 45)")
+    group.add_argument("--seconds", type=float, default=40.0, help="of sending at each rate (default: 40)")
     group.add_argument("--slo-ttft-ms", type=float, default=500.0, help="default: 500")
     group.add_argument("--slo-itl-ms", type=float, default=30.0, help="of a request's mean (default: 30)")
     group.add_argument("--chunk-sizes", default="2048,8192", help="prompt tokens a step that `tune` tries")
-    group.add_argument("--tune-rate", type=float, help="requests/s while tuning (default: the middle one of --rates)")
+    group.add_argument("--tune-rate", type=float, help="requests/s of `tune` (default: the middle of --rates)")
     group.add_argument("--trace", metavar="FILE", help="JSONL in the Mooncake format; without it `trace` is left out")
     group.add_argument("--rows", type=int, default=200, help="first rows of the trace (default: 200)")
     group.add_argument("--length-scale", default="1", help="multiplies the trace's lengths (default: 1)")
-    group.add_argument("--time-scales", default="2,1,1/2", help="multiply its timestamps (default: 2,1,1/2)")
-    group.add_argument("--kill-rate", type=float, help="requests/s of `kill` (default: the first of --rates)")
-    group.add_argument("--kill-seconds", type=float, default=75.0, help="of sending around a kill (default: 75)")
+    group.add_argument("--time-scales", default="1,1/2", help="multiply its timestamps (default: 1,1/2)")
+    group.add_argument("--kill-rate", type=float, help="requests/s of `kill` (default: as --tune-rate)")
+    group.add_argument("--kill-seconds", type=float, default=60.0, help="of sending around a kill (default: 60)")
     group.add_argument("--down", type=float, default=5.0, help="seconds between a kill and the restart (default: 5)")
     group.add_argument("--request-timeout", type=float, default=120.0, help="of a client's request (default: 120)")
 
@@ -124,6 +124,7 @@ def resolve(args: argparse.Namespace) -> Options:
         raise ConfigError("--out", "matplotlib, for the curves, is not installed", "pip install 'pd-serve[bench]'")
     out = Path(args.out)
     rates = tuple(sorted(_numbers("--rates", args.rates)))
+    middle = rates[len(rates) // 2]
     for name in ("repeats", "input_len", "output_len", "rows"):
         _positive(name, getattr(args, name))
     for name in ("seconds", "slo_ttft_ms", "slo_itl_ms", "kill_seconds", "down", "request_timeout"):
@@ -147,12 +148,12 @@ def resolve(args: argparse.Namespace) -> Options:
         slo_ttft_ms=args.slo_ttft_ms,
         slo_itl_ms=args.slo_itl_ms,
         chunk_sizes=_integers("--chunk-sizes", args.chunk_sizes),
-        tune_rate=_positive("tune_rate", rates[len(rates) // 2] if args.tune_rate is None else args.tune_rate),
+        tune_rate=_positive("tune_rate", middle if args.tune_rate is None else args.tune_rate),
         trace=Path(args.trace) if args.trace else None,
         rows=args.rows,
         length_scale=_fraction("--length-scale", args.length_scale),
         time_scales=tuple(_numbers("--time-scales", args.time_scales)),
-        kill_rate=_positive("kill_rate", rates[0] if args.kill_rate is None else args.kill_rate),
+        kill_rate=_positive("kill_rate", middle if args.kill_rate is None else args.kill_rate),
         kill_seconds=args.kill_seconds,
         down=args.down,
         unified_policy=args.unified_policy,

@@ -133,9 +133,9 @@ def _load_steps(options: Options, system: str, transfer: str, chunk: int) -> lis
 TRACE_SECONDS_A_ROW = 0.3
 
 
-def left_out(options: Options, installed: Sequence[str]) -> dict[str, str]:
-    """What was asked for and cannot be measured here, and why."""
-    found = {f"transfer {name}": "not installed" for name in options.transfers if name not in installed}
+def left_out(options: Options, unusable: Mapping[str, str]) -> dict[str, str]:
+    """What was asked for and cannot be measured here, and why. `unusable`: reasons by backend."""
+    found = {f"transfer {name}": reason for name, reason in unusable.items()}
     if "trace" in options.only and options.trace is None:
         found["trace"] = "no --trace FILE was given"
     if options.device == "cpu":
