@@ -207,7 +207,7 @@ def point(
 ) -> dict[str, Any]:
     latency = {"p50": itl / 2, "p90": itl, "p99": itl}
     goodput = {"requests": good, "rps": good / 10, "slo_ttft_ms": 500.0, "slo_itl_ms": 30.0}
-    figures = {"ttft_ms": latency, "itl_ms": latency, "e2e_ms": latency, "goodput": goodput}
+    figures = {"ttft_ms": latency, "itl_ms": latency, "e2e_ms": latency, "goodput": goodput, "warnings": []}
     return {"system": system, "rate": rate, "chunk": chunk, "completed_share": share, **figures}
 
 

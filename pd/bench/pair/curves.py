@@ -72,9 +72,9 @@ def wins(both: Mapping[float, Mapping[str, Mapping[str, Any]]]) -> list[str]:
                 mine, theirs = (one[name] and one[name][point] for one in (pd, unified))
                 if mine and theirs and theirs < mine:
                     found.append(f"{rate:g}/s: {what} {point} {theirs:.1f} ms, pd {mine:.1f}")
-        mine, theirs = (one["goodput"]["rps"] for one in (pd, unified))
+        mine, theirs = (one["goodput"]["requests"] for one in (pd, unified))
         if theirs > mine:
-            found.append(f"{rate:g}/s: goodput {theirs:.2f}/s, pd {mine:.2f}")
+            found.append(f"{rate:g}/s: {theirs} requests within the limits, pd {mine}")
     return found
 
 

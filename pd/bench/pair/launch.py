@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
+import random
 import shlex
 import signal
 import socket
@@ -69,6 +71,12 @@ class Process:
                 end = "has ended with code " + str(code) if code is not None else f"is not healthy after {bound:g} s"
                 raise PdError(f"{self.command} {end}: {tail(self.log)}")
             time.sleep(0.1)
+
+    def flush(self) -> None:
+        """Empty its prefix cache; on a router those of all instances."""
+        request = urllib.request.Request(f"{self.url}/flush_cache", method="POST")
+        with urllib.request.urlopen(request, timeout=30):
+            pass
 
     def kill(self) -> None:
         """The whole instance: its own processes die with it."""
@@ -197,12 +205,21 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
+#: Below those that the kernel gives to connections, so that a port is still free when its instance starts again.
+_PORTS = itertools.cycle(random.sample(range(21_000, 32_000), 11_000))
+
+
 def free_ports(count: int) -> tuple[int, ...]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return tuple(one.getsockname()[1] for one in sockets)
+    return tuple(itertools.islice(filter(_is_free, _PORTS), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return True
+    return False
 
 
 def healthy(url: str) -> bool:

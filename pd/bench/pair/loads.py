@@ -37,6 +37,7 @@ _GRACE = 5.0
 
 def load(step: Step, options: Options, launcher: Launcher) -> dict[str, Any]:
     """One point of a curve: an entry as `pd bench serve` writes it, and which system it is of."""
+    launcher["router"].flush()
     result, asked = _run(arguments(step, options, launcher["router"].url))
     entry = summarise(result, asked)
     point = {"system": step.system, "chunk": step.chunk, "rate": step.rate or entry["offered_rps"]}
@@ -47,6 +48,7 @@ def load(step: Step, options: Options, launcher: Launcher) -> dict[str, Any]:
 
 def kill(step: Step, options: Options, launcher: Launcher) -> dict[str, Any]:
     """The same load, in the middle of which `step.victim` is killed and later started again, on the same ports."""
+    launcher["router"].flush()
     times: dict[str, float] = {}
     victim = launcher[step.victim]
 

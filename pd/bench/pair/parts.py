@@ -64,6 +64,7 @@ def merge(parts: Sequence[Mapping[str, Any]], command: str, left_out: Mapping[st
     """The document. Rates in GB/s (10^9 bytes), times in ms, shares from 0 to 1."""
     points = [without(part) for part in of_phase(parts, "load")]
     compared = curves.compare(points)
+    traces = [without(part) for part in of_phase(parts, "trace")]
     copies = of_phase(parts, "copy")
     copy_gbps = copies[0]["copy_gbps"] if copies else None
     pushes = {named(part): part for part in of_phase(parts, "push")}
@@ -86,7 +87,8 @@ def merge(parts: Sequence[Mapping[str, Any]], command: str, left_out: Mapping[st
         "chunks": {system: [p["chunk"] for p in points if p["system"] == system][:1] for system in ("pd", "unified")},
         "curves": points,
         "tuning": [without(part) for part in of_phase(parts, "tune")],
-        "trace": [without(part) for part in of_phase(parts, "trace")],
+        "trace": traces,
+        "trace_unified_wins": curves.compare(traces)["unified_wins"],
         "kill": {part["victim"]: without(part) for part in of_phase(parts, "kill")},
         "failed": {part["name"]: part["problem"] for part in parts if "problem" in part},
         "not_measured": dict(left_out),

@@ -33,8 +33,14 @@ def print_report(document: Mapping[str, Any], console: Console) -> None:
             f"at {document['rate']:g}/s, the highest rate that both keep up with, ITL p99: pd {itl['pd']:.2f} ms, "
             f"unified {itl['unified']:.2f} ms, {document['itl_p99_ratio']:.1f} x"
         )
-    for sentence in document["unified_wins"]:
-        console.print(f"unified is ahead at {sentence}", highlight=False)
+    for load in ("load", "trace"):
+        for sentence in document["unified_wins" if load == "load" else "trace_unified_wins"]:
+            console.print(f"{load}: unified is ahead at {sentence}", highlight=False)
+    for one in (*document["curves"], *document["trace"]):
+        for warning in one["warnings"]:
+            console.print(
+                f"{one['system']}, {one['rate']:g}/s: {warning}", style="yellow", markup=False, highlight=False
+            )
     for victim, found in document["kill"].items():
         console.print(_kill(victim, found))
     for title, why in (("failed", document["failed"]), ("not measured", document["not_measured"])):

@@ -101,7 +101,7 @@ class _Pushes:
                 for number in range(self._options.repeats):
                     prompt = self._prompt(length)
                     fresh.append(await self._timed(client, f"fresh-{length}-{number}", prompt))
-                    flush(self._launcher["decode"].url)
+                    self._launcher["decode"].flush()
                     cached.append(await self._timed(client, f"cached-{length}-{number}", prompt))
                 lengths[str(length)] = {"fresh": medians(fresh), "cached": medians(cached)}
             return {"transfer_way": self._ways(), "lengths": lengths}
@@ -193,10 +193,3 @@ def pd(*arguments: str) -> subprocess.CompletedProcess[str]:
 def get(url: str) -> Any:
     with urllib.request.urlopen(url, timeout=30) as answer:
         return json.loads(answer.read())
-
-
-def flush(url: str) -> None:
-    """Empty an instance's prefix cache."""
-    request = urllib.request.Request(f"{url}/flush_cache", method="POST")
-    with urllib.request.urlopen(request, timeout=30):
-        pass
