@@ -291,6 +291,10 @@ def within(index: U64, offset: U64, length: U64, sizes: U64) -> bool:
     """
     if not len(index):
         return True
+    if len(sizes) == 1:  # the usual case, in fewer passes
+        most = int(sizes[0])
+        fit = not index.any() and length.min() > 0 and length.max() <= most and offset.max() <= most
+        return bool(fit and (offset + length).max() <= most)
     if int(index.max()) >= len(sizes):
         return False
     size = sizes[index.astype(np.int64)]

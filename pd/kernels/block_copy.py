@@ -6,10 +6,7 @@ import numpy as np
 import torch
 
 from pd.kernels import reference
-from pd.kernels.spans import I64, Share, as_words, share_table, span_words, word_alignment
-
-#: Runs of words that a program of `copy_share` takes at a time: 32 KiB, by 8 warps.
-SHARE_ROWS = 64
+from pd.kernels.spans import I64, RUN, TILE_ROWS, Form, Share, as_words, share_table, span_words, word_alignment
 
 
 def copy_spans(source: torch.Tensor, target: torch.Tensor, spans: I64) -> None:
@@ -31,15 +28,13 @@ def copy_and_digest(source: torch.Tensor, target: torch.Tensor, spans: I64, posi
     return digests
 
 
-def plan_share(
-    source: torch.Tensor, target: torch.Tensor, spans: I64, positions: I64, table: I64, rows: int = SHARE_ROWS
-) -> Share:
-    """What `copy_share` needs for the spans of `copy_and_digest`: fills `table` int64[n + 1, 5], in host memory."""
-    words = np.empty((len(spans), 4), dtype=np.int64, order="F")
-    words[:, 0] = span_words("source", source, spans[:, 0], spans[:, 2])
-    words[:, 1] = span_words("target", target, spans[:, 1], spans[:, 2])
-    words[:, 2], words[:, 3] = spans[:, 2] >> 3, positions
-    return Share(rows, share_table(table, words, rows), word_alignment(words, source, target))
+def plan_share(source: torch.Tensor, target: torch.Tensor, spans: I64, positions: I64, table: I64) -> Share:
+    """What `copy_share` needs for the spans of `copy_and_digest`: fills `table` int64[5, n + 1], in host memory."""
+    words = np.empty((4, len(spans)), dtype=np.int64)
+    words[0] = span_words("source", source, spans[:, 0], spans[:, 2])
+    words[1] = span_words("target", target, spans[:, 1], spans[:, 2])
+    words[2], words[3] = spans[:, 2] >> 3, positions
+    return Share(share_table(table, words), word_alignment(words, source, target))
 
 
 def copy_share(
@@ -49,21 +44,35 @@ def copy_share(
     table: torch.Tensor,
     digests: torch.Tensor,
     programs: int,
+    form: Form,
+    tiles: tuple[int, int] | None = None,
 ) -> None:
     """`copy_and_digest` by at most `programs` programs, which bounds the multiprocessors that it takes from others.
 
-    `source` and `target` are int64[words]; `table` is that of `plan_share`, brought to the device. Digests are added to
-    `digests` int64[n]. Runs on the current stream of the current device, which is the target's; nothing waits.
+    `source` and `target` are int64[words]; `table` is that of `plan_share`, brought to the device. Only the `tiles`
+    [first, last), all by default, are copied, and added to `digests` int64[n]. Runs on the current stream of the
+    current device, which is the target's; nothing waits.
     """
+    first, last = tiles if tiles is not None else (0, share.tiles)
     if not target.is_cuda:
-        rows = table.numpy()[:-1, :4]
-        reference.copy_spans(source, target, rows)
-        digests += reference.digest_spans(source, rows)
+        spans = _tiles(table.numpy(), first, last)
+        reference.copy_spans(source, target, spans)
+        digests += reference.digest_spans(source, spans)
         return
     from pd.kernels.spans_triton import run_share
 
-    if share.tiles:
-        run_share(source, target, digests, table, share, min(programs, share.tiles))
+    if last > first:
+        run_share(source, target, digests, table, share.alignment, (first, last), min(programs, last - first), form)
+
+
+def _tiles(table: I64, first: int, last: int) -> I64:
+    """int64[n, 4]: the part of each span of a share's table that lies in these tiles, in words."""
+    spans, tile = table[:4, :-1].T.copy(), TILE_ROWS * RUN
+    start = table[4, :-1] * tile + (spans[:, 3] & (RUN - 1))  # of each span, on the line of all tiles
+    skipped = np.clip(first * tile - start, 0, spans[:, 2])
+    spans[:, 2] = np.clip(last * tile - start, skipped, spans[:, 2]) - skipped
+    spans[:, [0, 1, 3]] += skipped[:, None]
+    return spans
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, spans: I64, digest: tuple[I64, torch.Tensor] | None) -> None:

@@ -17,6 +17,9 @@ WORD = 8
 #: Words under one key of the digest.
 RUN = 64
 
+#: Runs of a tile, the least that a program of a share takes: 16 KiB.
+TILE_ROWS = 32
+
 
 def as_words(memory: torch.Tensor) -> torch.Tensor:
     """Contiguous memory of any type as int64[words], without a copy; a rest of less than a word is left out."""
@@ -28,42 +31,56 @@ def as_words(memory: torch.Tensor) -> torch.Tensor:
 
 def span_words(what: str, memory: torch.Tensor, offsets: I64, lengths: I64) -> I64:
     """Checks that spans (in bytes) are whole words inside `memory` int64[words]; returns the offsets in words."""
-    if ((offsets | lengths) & (WORD - 1)).any():
+    bits = int(np.bitwise_or.reduce(offsets | lengths, initial=0))  # negative if any of them is
+    if bits & (WORD - 1):
         raise ValueError(f"{what}: a span begins and ends at a multiple of {WORD} bytes")
-    if len(offsets) and (offsets.min() < 0 or lengths.min() < 0 or (offsets + lengths).max() > memory.numel() * WORD):
+    if bits < 0 or (len(offsets) and (offsets + lengths).max() > memory.numel() * WORD):
         raise ValueError(f"{what}: a span lies outside the {memory.numel() * WORD} bytes of memory")
     return offsets >> 3
 
 
 @dataclass(frozen=True)
 class Share:
-    """How programs share spans: `tiles` of `rows` runs of words there are in all; `alignment` in words."""
+    """How programs share spans: `tiles` of TILE_ROWS runs of words there are in all; `alignment` in words."""
 
-    rows: int
     tiles: int
     alignment: int
 
 
-def share_table(table: I64, spans: I64, rows: int) -> int:
-    """Fill `table` int64[n + 1, 5] for a share kernel that takes `rows` runs of words at a time; the tiles there are.
+@dataclass(frozen=True)
+class Form:
+    """How a program of a share works: `rows` runs of words at a time, a multiple of TILE_ROWS, by `warps` warps.
 
-    `spans` int64[n, 4], in words: offset in the source, in the target, length, position of the first word. The table
-    adds the number of each span's first tile, and a last row with that of all.
+    What is on its way at a time is rows / 2 KiB, all of it in registers.
     """
-    table[:-1, :4] = spans
-    table[-1, :4] = 0
-    tiles = np.where(spans[:, 2] > 0, -(-(spans[:, 2] + (spans[:, 3] & (RUN - 1))) // (rows * RUN)), 0)
-    table[0, 4] = 0
-    np.cumsum(tiles, out=table[1:, 4])
-    return int(table[-1, 4])
+
+    rows: int
+    warps: int
+
+
+def share_table(table: I64, spans: I64) -> int:
+    """Fill `table` int64[5, n + 1] for a share kernel; the tiles there are, of TILE_ROWS runs of words.
+
+    `spans` int64[4, n], in words: offsets in the source, in the target, lengths, positions of the first words. The
+    table adds the number of each span's first tile, and a last column with that of all.
+    """
+    lengths, positions = spans[2], spans[3]
+    table[:4, :-1], table[:4, -1] = spans, 0
+    tiles = -(-(lengths + (positions & (RUN - 1))) // (TILE_ROWS * RUN))
+    tiles[lengths == 0] = 0
+    table[4, 0] = 0
+    np.cumsum(tiles, out=table[4, 1:])
+    return int(table[4, -1])
 
 
 def word_alignment(spans: I64, source: torch.Tensor, target: torch.Tensor | None) -> int:
-    """2 if tiles begin at even words in both memories, so that 16 bytes can be accessed at once; else 1."""
-    skip = spans[:, 3] & (RUN - 1)
-    odd = (spans[:, 0] - skip) | (spans[:, 1] - skip if target is not None else 0)
+    """2 if tiles begin at even words in both memories, so that 16 bytes can be accessed at once; else 1.
+
+    `spans` int64[4, n] as in `share_table`.
+    """
+    odd = (spans[0] ^ spans[3]) | (spans[1] ^ spans[3] if target is not None else 0)  # a run begins at an even word
     bases = source.data_ptr() | (target.data_ptr() if target is not None else 0)
-    return 1 if (odd & 1).any() or bases % 16 else 2
+    return 1 if int(np.bitwise_or.reduce(odd, initial=0)) & 1 or bases % 16 else 2
 
 
 def launches(chunks: I64) -> Iterator[tuple[I64, int]]:

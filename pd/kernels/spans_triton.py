@@ -9,15 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from pd.kernels.spans import I64, Share, launches, word_alignment
+from pd.kernels.spans import I64, TILE_ROWS, Form, launches, word_alignment
 
 #: One program reads ROWS runs of RUN words (16 KiB): little enough that a single block of 4 MiB keeps every
 #: multiprocessor busy, and 64 bytes in flight per thread.
 ROWS = 32
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-
-#: Rows of a tile for each warp of `span_share`: 128 bytes in flight per thread, as in the pass.
-ROWS_PER_WARP = 8
 
 #: Words under one key of the digest, and the parts of a run that a thread adds up before it multiplies.
 RUN = tl.constexpr(64)
@@ -38,42 +35,37 @@ def _run_keys(runs):
 
 
 @triton.jit
-def _load(words, lanes, low, high, WHOLE: tl.constexpr):
-    if WHOLE:
-        value = tl.load(words + lanes)
-    else:
-        value = tl.load(words + lanes, mask=(lanes >= low) & (lanes < high), other=0)
-    return value
-
-
-@triton.jit
-def _store(words, lanes, value, low, high, WHOLE: tl.constexpr):
-    if WHOLE:
-        tl.store(words + lanes, value)
-    else:
-        tl.store(words + lanes, value, mask=(lanes >= low) & (lanes < high))
-
-
-@triton.jit
 def _tile(read, write, run, low, high, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     """Words [low, high) of ROWS runs; all of them if WHOLE. Parts int64[ROWS, PART] of their digest.
 
-    A thread holds four parts of the same run and computes the run's key once for them. All is read before anything is
-    written: a load would not overtake a store that might hit the same address.
+    A thread holds four parts of the same run and computes the run's key once for them. Of a whole tile all is read
+    before anything is written: a load would not overtake a store that might hit the same address. A cut one is taken
+    part by part, in few registers.
     """
     rows = tl.arange(0, ROWS)
     lanes = rows[:, None] * RUN + tl.arange(0, PART)[None, :]
-    a = _load(read, lanes, low, high, WHOLE)
-    b = _load(read, lanes + PART, low, high, WHOLE)
-    c = _load(read, lanes + 2 * PART, low, high, WHOLE)
-    d = _load(read, lanes + 3 * PART, low, high, WHOLE)
-    if write is not None:
-        _store(write, lanes, a, low, high, WHOLE)
-        _store(write, lanes + PART, b, low, high, WHOLE)
-        _store(write, lanes + 2 * PART, c, low, high, WHOLE)
-        _store(write, lanes + 3 * PART, d, low, high, WHOLE)
+    if WHOLE:
+        a = tl.load(read + lanes)
+        b = tl.load(read + lanes + PART)
+        c = tl.load(read + lanes + 2 * PART)
+        d = tl.load(read + lanes + 3 * PART)
+        if write is not None:
+            tl.store(write + lanes, a)
+            tl.store(write + lanes + PART, b)
+            tl.store(write + lanes + 2 * PART, c)
+            tl.store(write + lanes + 3 * PART, d)
+        parts = a + b + c + d
+    else:
+        parts = tl.zeros([ROWS, PART], tl.int64)
+        for part in range(4):
+            words = lanes + part * PART
+            inside = (words >= low) & (words < high)
+            value = tl.load(read + words, mask=inside, other=0)
+            if write is not None:
+                tl.store(write + words, value, mask=inside)
+            parts += value
     keys = _run_keys(run + rows.to(tl.int64))
-    return (a + b + c + d) * keys[:, None]
+    return parts * keys[:, None]
 
 
 @triton.jit
@@ -113,40 +105,64 @@ def span_pass(source, target, digests, table, members, chunks, ROWS: tl.constexp
             tl.atomic_add(digests + span, tl.sum(parts), sem="relaxed")  # integers: the order does not matter
 
 
-@triton.jit(do_not_specialize=["count"])
-def span_share(source, target, digests, table, count, ROWS: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """`span_pass` by any number of programs: each copies and digests an equal share of all tiles, one after the other.
-
-    `table` int64[count + 1, 5]: as there, and the number of the span's first tile; the last row has that of all.
-    """
-    tiles = tl.load(table + count * 5 + 4)
-    tile = tiles * tl.program_id(0) // tl.num_programs(0)
-    last = tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
-    # The span of the first tile: the last one that begins at or before it.
-    span, beyond = 0, count
+@triton.jit
+def _span_of(starts, tile, count):
+    """The span to which a tile belongs: the last of `count` that begins at or before it; `starts` int64[count + 1]."""
+    # Where every span has as many tiles, as blocks have, this one.
+    guess = tl.minimum(tile * count // tl.load(starts + count), count - 1)
+    span, beyond = tl.zeros_like(guess), guess * 0 + count
+    if (tl.load(starts + guess) <= tile) & (tile < tl.load(starts + guess + 1)):
+        span, beyond = guess, guess + 1
     while beyond - span > 1:
         middle = (span + beyond) // 2
-        if tl.load(table + middle * 5 + 4) <= tile:
+        if tl.load(starts + middle) <= tile:
             span = middle
         else:
             beyond = middle
-    while tile < last:
-        row = table + span * 5
-        words = tl.load(row + 2)
-        position = tl.load(row + 3)
-        first = tl.load(row + 4)
-        end = tl.minimum(tl.load(row + 9), last)
+    return span
+
+
+@triton.jit(do_not_specialize=["count", "first", "last"])
+def span_share(
+    source, target, digests, table, count, first, last, TILE: tl.constexpr, ROWS: tl.constexpr, ALIGNMENT: tl.constexpr
+):
+    """`span_pass` over tiles [first, last) by any number of programs: each takes an equal share, one after the other.
+
+    `table` int64[5, count + 1]: as there, by column, and the number of each span's first tile of TILE runs; the last
+    column has that of all. A program takes ROWS runs at a time.
+    """
+    starts = table + 4 * (count + 1)
+    tiles = (last - first).to(tl.int64)
+    tile = first + tiles * tl.program_id(0) // tl.num_programs(0)  # of TILE runs
+    stop = first + tiles * (tl.program_id(0) + 1) // tl.num_programs(0)
+    span = _span_of(starts, tile, count)
+    while tile < stop:
+        row = table + span
+        position = tl.load(row + 3 * (count + 1))
         start = position % RUN  # tiles start where a run does
-        read = tl.load(row) - start
-        write = tl.load(row + 1) - start
+        begins = tl.load(starts + span)
+        end = tl.minimum(tl.load(starts + span + 1), stop)
+        at = (tile - begins) * (TILE * RUN) - start  # in the span
+        left = tl.minimum(tl.load(row + 2 * (count + 1)), (end - begins) * (TILE * RUN) - start) - at
+        low = tl.maximum(-at, 0).to(tl.int32)
+        run = (position + at) // RUN
+        read = tl.load(row) + at
+        write = tl.load(row + count + 1) + at
         total = tl.zeros([ROWS, PART], tl.int64)
-        while tile < end:
-            at = (tile - first) * (ROWS * RUN)
-            here = source + tl.multiple_of(read + at, ALIGNMENT)
-            there = target + tl.multiple_of(write + at, ALIGNMENT)
-            total += _span_tile(here, there, position, at - start, words, ROWS)
-            tile += 1
+        while left > 0:
+            here = source + tl.multiple_of(read, ALIGNMENT)
+            there = target + tl.multiple_of(write, ALIGNMENT)
+            if (low == 0) & (left >= ROWS * RUN):
+                total += _tile(here, there, run, 0, 0, ROWS, True)
+            else:
+                total += _tile(here, there, run, low, tl.minimum(left, ROWS * RUN).to(tl.int32), ROWS, False)
+                low = 0
+            run += ROWS
+            read += ROWS * RUN
+            write += ROWS * RUN
+            left -= ROWS * RUN
         tl.atomic_add(digests + span, tl.sum(total), sem="relaxed")
+        tile = end
         span += 1
 
 
@@ -161,7 +177,7 @@ def prepare_pass(
     """Bring the tables of `run_pass` to the device; what is returned only launches, as often as it is called."""
     skip = table[:, 3] % RUN.value
     chunks = np.where(table[:, 2] > 0, -(-(table[:, 2] + skip) // (ROWS * RUN.value)), 0)
-    alignment = word_alignment(table, source, target)
+    alignment = word_alignment(table.T, source, target)
     rows = torch.from_numpy(table).to(source.device, non_blocking=True)
     grids = [
         (torch.from_numpy(members).to(source.device, non_blocking=True), most) for members, most in launches(chunks)
@@ -182,8 +198,10 @@ def run_share(
     target: torch.Tensor,
     digests: torch.Tensor,
     table: torch.Tensor,
-    share: Share,
+    alignment: int,
+    tiles: tuple[int, int],
     programs: int,
+    form: Form,
 ) -> None:
     """Run `span_share` with so many programs on the current stream of the current device, which is the tensors'."""
     span_share[(programs,)](
@@ -191,9 +209,11 @@ def run_share(
         target,
         digests,
         table,
-        len(table) - 1,
-        ROWS=share.rows,
-        ALIGNMENT=share.alignment,
-        num_warps=share.rows // ROWS_PER_WARP,
+        table.shape[1] - 1,
+        *tiles,
+        TILE=TILE_ROWS,
+        ROWS=form.rows,
+        ALIGNMENT=alignment,
+        num_warps=form.warps,
         enable_fp_fusion=True,
     )

@@ -4,7 +4,7 @@ A handle stands for a whole allocation, which another process maps with its own 
 of and whether or not `CUDA_VISIBLE_DEVICES` shows it that one. So no device numbers are exchanged: what counts is
 whether the mapping can be read, and a probe tells.
 
-A pull is one kernel on a stream of its own, of a bounded number of programs while the GPU computes (`PROGRAMS`).
+A pull is launched in slices on a stream of its own, each as wide as the GPU is free (`pd.runner.cuda_slices`).
 """
 
 from __future__ import annotations
@@ -23,21 +23,11 @@ from pd.abc.transfer import Region
 from pd.errors import TransferError
 from pd.kernels.block_copy import copy_share, plan_share
 from pd.kernels.spans import Share, as_words
+from pd.runner.cuda_slices import Slices, Width, widths
 from pd.transfer.digest import digest_span
 
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
-
-#: Programs of a pull from another GPU, beside other work. With 32 KiB each that is 1 MiB in flight, what NVLink needs
-#: at a latency of 2 to 3 us; more would not make the link faster.
-PROGRAMS = 32
-
-#: Programs of a pull from the same GPU's memory, beside other work: nothing but their number bounds what they take of
-#: the bandwidth that the other work lives on.
-OWN_PROGRAMS = 6
-
-#: Programs of a pull on a GPU that does nothing else, for each multiprocessor.
-IDLE_PROGRAMS = 6
 
 #: Spans of one pull, and pulls that may be prepared.
 SPANS, LANES = 1 << 14, 4
@@ -106,14 +96,14 @@ class CudaMapping:
 class CudaPull:
     """One pull: `pd.abc.transfer.Pull`."""
 
-    def __init__(self, pulls: CudaPulls, lane: _Lane, own: bool) -> None:
-        self._pulls, self._lane, self._own = pulls, lane, own
+    def __init__(self, pulls: CudaPulls, lane: _Lane) -> None:
+        self._pulls, self._lane = pulls, lane
 
     def start(self) -> None:
-        self._pulls.start(self._lane, self._own)
+        self._pulls.start(self._lane)
 
     def finish(self) -> U64:
-        return self._lane.finish()
+        return self._pulls.finish(self._lane)
 
     def release(self) -> None:
         self._pulls.give_back(self._lane)
@@ -124,16 +114,17 @@ class CudaPulls:
 
     def __init__(self, device: torch.device, runtime: ctypes.CDLL, alone: Callable[[], bool]) -> None:
         self._device, self._runtime, self.alone = device, runtime, alone
-        self.programs, self.own_programs = PROGRAMS, OWN_PROGRAMS
         with torch.cuda.device(device):
-            # First in line: a pull is short or bounded, and what it brings is waited for.
-            self._stream = torch.cuda.Stream(priority=-1)
+            # First in line: a slice is short or bounded, and what it brings is waited for.
+            stream = torch.cuda.Stream(priority=-1)
             properties = torch.cuda.get_device_properties(device)
-            self._multiprocessors, self._uuid = properties.multi_processor_count, str(properties.uuid)
+            self._uuid = str(properties.uuid)
+            self.widths = dict(widths(properties.multi_processor_count))
+            self._slices = Slices(lambda own: self.widths[self.alone(), own])
             # All that pulls need is made now: to allocate or pin memory can make the driver wait for all that runs.
             self._lanes: queue.LifoQueue[_Lane] = queue.LifoQueue()
             for _ in range(LANES):
-                self._lanes.put(_Lane(device))
+                self._lanes.put(_Lane(device, stream))
             self._probe = torch.from_numpy(np.frombuffer(secrets.token_bytes(PROBE), np.uint8).copy()).to(device)
             self._found = torch.zeros(PROBE, dtype=torch.uint8, device=device)
             torch.cuda.synchronize(device)
@@ -198,19 +189,22 @@ class CudaPulls:
         positions = words.astype(np.int64) if words is not None else np.zeros(len(spans), np.int64)
         lane = self._lanes.get()
         try:
-            lane.plan(mapping.words[source], as_words(target), spans, positions)
+            lane.plan(mapping.words[source], as_words(target), mapping.own, spans, positions)
         except BaseException:
             self._lanes.put(lane)
             raise
-        return CudaPull(self, lane, mapping.own)
+        return CudaPull(self, lane)
 
-    def start(self, lane: _Lane, own: bool) -> None:
-        if self.alone():
-            programs = IDLE_PROGRAMS * self._multiprocessors
-        else:
-            programs = self.own_programs if own else self.programs
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            lane.start(programs)
+    def start(self, lane: _Lane) -> None:
+        with torch.cuda.device(self._device):
+            self._slices.add(lane)
+
+    def finish(self, lane: _Lane) -> U64:
+        with torch.cuda.device(self._device):
+            self._slices.launched(lane)
+            sums = lane.finish()
+            self._slices.go_on()
+        return sums
 
     def give_back(self, lane: _Lane) -> None:
         lane.forget()
@@ -218,56 +212,82 @@ class CudaPulls:
 
     def _warm_up(self) -> None:
         """Compile now what pulls need, and not in two threads at once."""
-        words = torch.zeros(PROBE // 8, dtype=torch.int64, device=self._device)
+        words, target = torch.zeros(PROBE // 8, dtype=torch.int64, device=self._device), as_words(self._found)
         torch.cuda.synchronize(self._device)
-        mapping = CudaMapping(self._device, self._runtime, own=True)
-        mapping.words = [words]
-        for offset in (0, 8):  # aligned to 16 bytes, and not
-            pull = self.prepare(mapping, 0, self._found, np.array([[offset, 0, 16]]), None)
-            pull.start()
-            pull.finish()
-            pull.release()
+        lane = self._lanes.get()
+        with torch.cuda.device(self._device):
+            for width in {width.form: width for width in self.widths.values()}.values():
+                for offset in (0, 8):  # aligned to 16 bytes, and not
+                    lane.plan(words, target, True, np.array([[offset, 0, 16]]), np.zeros(1, np.int64))
+                    lane.launch(0, lane.tiles, width)
+                    lane.finish()
+        self.give_back(lane)
 
 
 class _Lane:
-    """What one pull needs: its table and digests, in pinned memory and on the device."""
+    """What one pull needs: its table and digests, in pinned memory and on the device, and a stream that brings them.
 
-    def __init__(self, device: torch.device) -> None:
+    That they have one of their own lets them travel while the pull before is under way.
+    """
+
+    def __init__(self, device: torch.device, pulls: torch.cuda.Stream) -> None:
+        """`pulls`: the stream on which the kernels run."""
         # Digests, which begin as zeros, and the table lie together: one copy brings both.
-        size = _table_start(SPANS) + (SPANS + 1) * 5
+        size = _table_start(SPANS) + 5 * (SPANS + 1)
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
         self._there = torch.zeros(size, dtype=torch.int64, device=device)
         self._sums = torch.zeros(SPANS, dtype=torch.int64, pin_memory=True)
+        self._pulls, self._stream = pulls, torch.cuda.Stream()
+        self._brought = torch.cuda.Event()
         self._done = torch.cuda.Event(blocking=True)  # blocking: waiting takes no CPU time
         self._source: torch.Tensor | None = None
         self._target: torch.Tensor | None = None
         self._share: Share | None = None
         self._count = 0
+        self.own = False
+
+    @property
+    def tiles(self) -> int:
+        assert self._share is not None
+        return self._share.tiles
 
     def forget(self) -> None:
         """Keep no memory of others alive."""
         self._source = self._target = self._share = None
 
-    def plan(self, source: torch.Tensor, target: torch.Tensor, spans: I64, positions: I64) -> None:
+    def plan(self, source: torch.Tensor, target: torch.Tensor, own: bool, spans: I64, positions: I64) -> None:
         self._count = count = len(spans)
         assert 0 < count <= SPANS
         host, start = self._host.numpy(), _table_start(count)
         host[:start] = 0
-        table = host[start : start + (count + 1) * 5].reshape(-1, 5)
+        table = host[start : start + 5 * (count + 1)].reshape(5, -1)
         self._share = plan_share(source, target, spans, positions, table)
-        self._source, self._target = source, target
+        self._source, self._target, self.own = source, target, own
 
-    def start(self, programs: int) -> None:
-        """On the current stream."""
+    def launch(self, first: int, last: int, width: Width) -> torch.cuda.Event:
+        """See `pd.runner.cuda_slices.Sliced`. With the device current."""
         assert self._share is not None and self._source is not None and self._target is not None
         count, start = self._count, _table_start(self._count)
-        used = start + (count + 1) * 5
+        used = start + 5 * (count + 1)
         there = self._there[:used]
-        there.copy_(self._host[:used], non_blocking=True)
-        digests, table = there[:count], there[start:].view(-1, 5)
-        copy_share(self._source, self._target, self._share, table, digests, programs)
-        self._sums[:count].copy_(digests, non_blocking=True)
-        self._done.record()
+        if first == 0:
+            with torch.cuda.stream(self._stream):
+                there.copy_(self._host[:used], non_blocking=True)
+                self._brought.record()
+            self._pulls.wait_event(self._brought)
+        digests, table = there[:count], there[start:].view(5, -1)
+        with torch.cuda.stream(self._pulls):
+            copy_share(
+                self._source, self._target, self._share, table, digests, width.programs, width.form, (first, last)
+            )
+            slice_done = torch.cuda.Event(blocking=True)
+            slice_done.record()
+        if last == self._share.tiles:
+            self._stream.wait_event(slice_done)
+            with torch.cuda.stream(self._stream):
+                self._sums[:count].copy_(digests, non_blocking=True)
+                self._done.record()
+        return slice_done
 
     def finish(self) -> U64:
         self._done.synchronize()

@@ -98,6 +98,7 @@ class DeviceWorker:
         self._device = state.state.last.device
         self._inputs = InputBuilder(pool.shape.tokens, group, state.state.scratch, self._device)
         self._pending: deque[Launched] = deque()
+        self._launching = False
         self._tell: Callable[[torch.cuda.Event | None], None] = lambda event: None
 
     def start(self, graphs: StepGraphs | None, launched: Callable[[torch.cuda.Event | None], None]) -> None:
@@ -106,13 +107,14 @@ class DeviceWorker:
 
     @property
     def busy(self) -> bool:
-        """A step is under way. From any thread."""
-        return bool(self._pending)
+        """A step is under way, or about to be. From any thread."""
+        return self._launching or bool(self._pending)
 
     # --- orders ---
 
     @torch.inference_mode()
     def launch(self, order: StepOrder) -> None:
+        self._launching = True
         launched = Launched(order, [], [], time.perf_counter())
         grown = self._apply(order)
         rows = launched.rows = self.table.rows(order)
@@ -124,6 +126,7 @@ class DeviceWorker:
             launched.event = torch.cuda.Event(blocking=not self._spin)
             launched.event.record()
         self._pending.append(launched)
+        self._launching = False
         self._tell(launched.event)
 
     def finish(self) -> StepDone:

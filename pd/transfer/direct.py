@@ -331,7 +331,8 @@ class DirectBackend:
             raise TransferError("a span outside the local regions")
         if not within(spans[:, 2], spans[:, 3], spans[:, 4], peer.sizes):
             raise TransferError("a span outside the peer's regions")
-        if self._kind != "cpu" and np.any((spans[:, 1] | spans[:, 3] | spans[:, 4]) & np.uint64(WORD - 1)):
+        words = spans[:, 1] | spans[:, 3] | spans[:, 4]
+        if self._kind != "cpu" and int(np.bitwise_or.reduce(words, initial=0)) & (WORD - 1):
             raise TransferError(f"spans of device memory are whole words of {WORD} bytes")
         if not len(spans):
             ticket = Ticket()

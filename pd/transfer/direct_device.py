@@ -48,10 +48,15 @@ class PeerDevice:
 
 def batches(chunks: Chunks, spans: int, nbytes: int = PULL_BYTES) -> Iterator[slice]:
     """Chunks that one pull takes: of one region here and there, at most so many, and so many bytes if not only one."""
-    table = chunks.table
-    ends = np.cumsum(table[:, 4])
+    source, _, region, _, length, _ = chunks.table.T
+    count = len(length)
+    changes = np.flatnonzero((source[1:] != source[:-1]) | (region[1:] != region[:-1])) + 1
+    if not len(changes) and count <= spans and length.sum() <= nbytes:
+        yield slice(0, count)
+        return
+    ends = np.cumsum(length)
     start = 0
-    for bound in [*(np.flatnonzero(np.diff(table[:, [0, 2]], axis=0).any(axis=1)) + 1).tolist(), len(table)]:
+    for bound in [*changes.tolist(), count]:
         while start < bound:
             done = int(ends[start - 1]) if start else 0
             full = int(np.searchsorted(ends, done + nbytes, side="right"))
@@ -107,17 +112,17 @@ class Puller:
 
     def add(self, post: DevicePost) -> None:
         """Prepare a checked post. Waits while too many are prepared. Raises LinkClosed when nothing more is pulled."""
-        table, regions = post.chunks.table, self._target.regions
+        columns, regions = post.chunks.table.T, self._target.regions
+        count = columns.shape[1]
         for some in batches(post.chunks, self._memory.pull_spans):
-            rows = table[some]
-            words = rows[:, 5].astype(np.uint64) if post.chunks.digested else None
-            source, region = int(rows[0, 0]), regions[int(rows[0, 2])]
-            pull = self._memory.prepare(self._source.mapped, source, region, rows[:, [1, 3, 4]], words)
+            words = columns[5, some].view(np.uint64) if post.chunks.digested else None
+            source, region = int(columns[0, some.start]), regions[int(columns[2, some.start])]
+            pull = self._memory.prepare(self._source.mapped, source, region, columns[[1, 3, 4], some].T, words)
             with self._changed:
                 if self._closed:
                     pull.release()
                     raise LinkClosed("closed")
-                self._parts.append(_Part(post, pull, some.stop == len(table)))
+                self._parts.append(_Part(post, pull, some.stop == count))
                 self._changed.notify()
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ class Grant:
     def covers(self, regions: I64, offsets: I64, lengths: I64) -> bool:
         starts, ends = self.ranges
         position = regions * REGION_STRIDE + offsets
+        if len(starts) == 1:
+            return bool(position.min() >= starts[0] and (position + lengths).max() <= ends[0])
         index = np.searchsorted(starts, position, side="right") - 1
         return bool(np.all(index >= 0) and np.all(position + lengths <= ends[index]))
 
@@ -204,10 +206,11 @@ class Chunks:
 
     def applied(self, sums: Sequence[np.uint64] | U64) -> U64:
         """The chunks' digests added up to pieces: uint64[m, 4] (region, offset, length, digest)."""
-        out = np.empty((len(self.pieces), 4), dtype=np.uint64)
-        out[:, :3] = self.pieces
-        out[:, 3] = np.add.reduceat(np.array(sums, dtype=np.uint64), self.piece_starts)
-        return out
+        out = np.empty((4, len(self.pieces)), dtype=np.uint64)
+        out[:3] = self.pieces.T
+        found = np.asarray(sums, dtype=np.uint64)
+        out[3] = found if len(found) == len(self.pieces) else np.add.reduceat(found, self.piece_starts)
+        return out.T
 
 
 def cut(spans: Spans, regions: Sequence[Region], longest: int = 0) -> Chunks:
@@ -216,49 +219,64 @@ def cut(spans: Spans, regions: Sequence[Region], longest: int = 0) -> Chunks:
     A post that touches a region without digests, or whose spans are no whole words, is only cut into chunks. Those have
     at most `longest` bytes; 0 stands for what suits a copy by the host.
     """
-    table = np.zeros((len(spans), 6), dtype=np.int64, order="F")  # what follows is done by column
-    table[:, :5] = spans
-    blocks = np.array([one.block_bytes for one in regions], dtype=np.int64)[table[:, 2]]
-    digested = bool(np.all(blocks)) and not np.any((table[:, 3] | table[:, 4] | blocks) & (WORD - 1))
-    pieces = table[:, 2:5]
+    columns = np.empty((6, len(spans)), dtype=np.int64)  # what follows is done by column
+    columns[:5], columns[5] = spans.T, 0
+    table = columns.T
+    blocks = _of_regions([one.block_bytes for one in regions], columns[2])
+    aligned = not int(np.bitwise_or.reduce(columns[3] | columns[4], initial=0)) & (WORD - 1)
+    digested = aligned and bool(np.all(blocks)) and not np.any(np.bitwise_and(blocks, WORD - 1))
+    pieces, source = table[:, 2:5], None
     starts = np.zeros(0, np.int64)
     if digested:
-        inside = _modulo(table[:, 3], blocks)
+        inside = _modulo(columns[3], blocks)
         table, source = _split(table, blocks - inside, blocks)
-        pieces, blocks = table[:, 2:5], blocks[source]
+        pieces = table[:, 2:5]
     longest = longest or (CHUNK if digested else COPY)
-    table, source = _split(table, *2 * (np.full(len(table), longest, np.int64),))
+    table, part = _split(table, longest, longest)
     if digested:
-        first = np.array([one.first_word for one in regions], dtype=np.int64)[table[:, 2]]
-        table[:, 5] = first + (_modulo(table[:, 3], blocks[source]) >> 3)
-        starts = np.flatnonzero(np.diff(source, prepend=-1))
+        if source is not None or part is not None:
+            owners = np.arange(len(pieces)) if part is None else part
+            inside = _modulo(table[:, 3], _of_regions([one.block_bytes for one in regions], table[:, 2]))
+            starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        else:
+            starts = np.arange(len(table))
+        np.right_shift(inside, 3, out=table[:, 5])
+        table[:, 5] += _of_regions([one.first_word for one in regions], table[:, 2])
     return Chunks(table, starts, pieces)
 
 
-def _modulo(offsets: I64, sizes: I64) -> I64:
+def _of_regions(values: Sequence[int], index: I64) -> I64 | int:
+    """What each span's region has, as a scalar where it is the same everywhere."""
+    return values[0] if len(set(values)) == 1 else np.array(values, dtype=np.int64)[index]
+
+
+def _modulo(offsets: I64, sizes: I64 | int) -> I64:
     """offsets % sizes, without the division where all sizes are the same power of two."""
-    size = int(sizes[0]) if len(sizes) else 0
-    if size & (size - 1) == 0 and np.all(sizes == size):
-        return offsets & (size - 1)
+    if isinstance(sizes, int) and sizes & (sizes - 1) == 0:
+        return offsets & (sizes - 1)
     remainder: I64 = offsets % sizes
     return remainder
 
 
-def _split(table: I64, first: I64, step: I64) -> tuple[I64, I64]:
-    """Cut row i after first[i] bytes, then every step[i]. Returns the parts and the row of which each is one."""
+def _split(table: I64, first: I64 | int, step: I64 | int) -> tuple[I64, I64 | None]:
+    """Cut row i after first[i] bytes, then every step[i].
+
+    Returns the parts, by column, and the row of which each is one; None where nothing was cut.
+    """
     length = table[:, 4]
-    if np.all(length <= first):
-        return table, np.arange(len(table))
+    if (length <= first).all():
+        return table, None
+    steps = np.broadcast_to(np.asarray(step, dtype=np.int64), length.shape)
     first = np.minimum(first, length)
-    counts = 1 + -(-(length - first) // step)
+    counts = 1 + -(-(length - first) // steps)
     row = np.repeat(np.arange(len(table)), counts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.where(nth == 0, 0, first[row] + (nth - 1) * step[row])
-    end = np.minimum(first[row] + nth * step[row], length[row])
-    parts = table[row]
-    parts[:, [1, 3]] += begin[:, None]
-    parts[:, 4] = end - begin
-    return parts, row
+    begin = np.where(nth == 0, 0, first[row] + (nth - 1) * steps[row])
+    end = np.minimum(first[row] + nth * steps[row], length[row])
+    columns = table.T[:, row]
+    columns[[1, 3]] += begin
+    columns[4] = end - begin
+    return columns.T, row
 
 
 def _unit(table: I64) -> int:

@@ -206,7 +206,8 @@ class Incoming:
     def _post(self, link: Link, ticket: int, tag: int, size: int) -> None:
         if size % 40 or not size:
             raise ProtocolError("frame", f"a post of {size} bytes")
-        spans = np.frombuffer(link.read_payload(size), dtype="<u8").reshape(-1, 5)
+        rows = np.frombuffer(link.read_payload(size), dtype="<u8").reshape(-1, 5)
+        spans = np.ascontiguousarray(rows.T).T  # by column, as all that follows wants it
         problem, grant = self._check(spans, tag)
         if grant is None:
             link.send(ACK, ticket, REFUSED, payload=problem.encode())
@@ -232,16 +233,15 @@ class Incoming:
 
     def _check(self, spans: np.ndarray, tag: int) -> tuple[str, Grant | None]:
         """Nothing of a post is applied unless all of it is inside both sides' regions and granted."""
-        source, at, region, to, length = np.ascontiguousarray(spans.T)
+        source, at, region, to, length = spans.T
         if not within(source, at, length, self._sizes):
             return "outside the sender's regions", None
         if not within(region, to, length, self._shared.ledger.sizes):
             return "outside the receiver's regions", None
-        if self._shared.target.on_device and np.any((at | to | length) & np.uint64(WORD - 1)):
+        if self._shared.target.on_device and int(np.bitwise_or.reduce(at | to | length)) & (WORD - 1):
             return f"not in words of {WORD} bytes", None
         grant = self._shared.ledger.find(self.sender, tag, GRANT_PATIENCE)
-        local = [column.astype(np.int64) for column in (region, to, length)]
-        if grant is None or not grant.live or not grant.covers(*local):
+        if grant is None or not grant.live or not grant.covers(*spans.T[2:].view(np.int64)):
             return "not granted", None
         return "", grant
 

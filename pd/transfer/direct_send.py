@@ -137,7 +137,8 @@ class Outgoing:
                 raise PeerLost(self._identity, self._lost)
             self._pending[number] = ticket
         try:
-            self._link.send(POST, number, tag, payload=spans.astype("<u8").tobytes())
+            payload = spans.astype("<u8", copy=False).tobytes()
+            self._link.send_buffers([memoryview(HEADER.pack(POST, len(payload), number, tag, 0)), memoryview(payload)])
         except LinkClosed as error:
             self._end(str(error))
         return ticket

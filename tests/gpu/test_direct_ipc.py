@@ -5,9 +5,11 @@ The classes take two to three minutes each, most of it the start of processes: `
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import ClassVar
 from unittest import mock
 
@@ -18,7 +20,7 @@ import torch
 from pd.abc import Region
 from pd.errors import TransferError
 from pd.kernels.block_copy import copy_share, plan_share
-from pd.kernels.spans import as_words
+from pd.kernels.spans import Form, as_words
 from pd.runner.cuda_ipc import CudaMapping
 from pd.runner.cuda_memory import CudaMemory, allocate_device_region, device_bytes
 from pd.testing import TransferConformance
@@ -97,15 +99,17 @@ def scattered(seed: int, step: int) -> np.ndarray:
 
 @pytest.mark.parametrize("programs", [1, 7, 32, 132, 5000])
 @pytest.mark.parametrize("step", [8, 16])
-@pytest.mark.parametrize("runs", [32, 64])
-def test_any_number_of_programs_copies_exactly_the_spans(programs: int, step: int, runs: int) -> None:
+@pytest.mark.parametrize("form", [Form(32, 4), Form(64, 8)])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_any_number_of_programs_copies_exactly_the_spans(programs: int, step: int, form: Form, slices: int) -> None:
     rows = scattered(programs, step)
     raw = np.random.default_rng(1).integers(0, 256, 64 * MIB, dtype=np.uint8)
     source, target = torch.from_numpy(raw).to(DEVICE), torch.zeros(64 * MIB, dtype=torch.uint8, device=DEVICE)
-    table = np.zeros((len(rows) + 1, 5), dtype=np.int64)
-    share = plan_share(as_words(source), as_words(target), rows[:, :3], rows[:, 3], table, runs)
-    digests = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE)
-    copy_share(as_words(source), as_words(target), share, torch.from_numpy(table).to(DEVICE), digests, programs)
+    table = np.zeros((5, len(rows) + 1), dtype=np.int64)
+    share = plan_share(as_words(source), as_words(target), rows[:, :3], rows[:, 3], table)
+    digests, there = torch.zeros(len(rows), dtype=torch.int64, device=DEVICE), torch.from_numpy(table).to(DEVICE)
+    for tiles in itertools.pairwise(share.tiles * i // slices for i in range(slices + 1)):
+        copy_share(as_words(source), as_words(target), share, there, digests, programs, form, tiles)
     expected = np.zeros_like(raw)
     for at, to, length, _ in rows.tolist():
         expected[to : to + length] = raw[at : at + length]
@@ -204,6 +208,23 @@ def test_a_handle_that_cannot_be_opened_is_an_error_and_the_gpu_works(memory: Cu
     with pytest.raises(TransferError, match="other regions"):
         memory.open(memory.export([region]), [2 * MIB])
     assert float(torch.ones(1000, device=DEVICE).sum()) == 1000
+
+
+def test_a_pull_in_many_slices_takes_what_is_free_when_each_is_launched(memory: CudaMemory, sender: RemoteSide) -> None:
+    sender.call("pattern", 8)
+    region, mapping = allocate_device_region(64 * MIB, DEVICE), mapped(memory, sender)
+    rows = np.array([[i * MIB, (63 - i) * MIB, MIB] for i in range(64)], dtype=np.int64)
+    raw, answers = pattern(8, 64 * MIB), itertools.cycle((True, False, False))
+    short = {key: replace(width, tiles=7 * MIB // 16384) for key, width in memory.pulls.widths.items()}
+    with mock.patch.dict(memory.pulls.widths, short), mock.patch.object(memory.pulls, "alone", lambda: next(answers)):
+        pulls = [memory.prepare(mapping, 0, region, rows, np.zeros(64, np.uint64)) for _ in range(3)]
+        for one in pulls:
+            one.start()
+        for one in pulls:
+            assert one.finish().tolist() == [digest_span(raw[i * MIB : (i + 1) * MIB], 0) for i in range(64)]
+            one.release()
+    assert np.array_equal(device_bytes(region).cpu().numpy().reshape(64, MIB), raw.reshape(64, MIB)[::-1])
+    mapping.close()
 
 
 def test_pulls_do_not_wait_behind_a_step(memory: CudaMemory, sender: RemoteSide) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pd.kernels.block_copy import SHARE_ROWS
-from pd.kernels.spans_triton import ROWS, ROWS_PER_WARP, span_pass, span_share
+from pd.kernels.spans import TILE_ROWS, Form
+from pd.kernels.spans_triton import ROWS, span_pass, span_share
+from pd.runner.cuda_slices import widths
 from tests.kernels.aot import Compiled, compile_sm90
 
 WORDS = dict.fromkeys(("source", "target", "digests", "table", "members"), "*i64:16")
@@ -34,13 +35,16 @@ def test_the_pass_over_spans_fits_and_accesses_16_bytes_at_a_time(does: str) -> 
     assert aligned.count("STG.E.128") == (aligned.count("LDG.E.128") if "copy" in does else 0)
 
 
-def test_a_share_of_the_pass_fits_and_accesses_16_bytes_at_a_time() -> None:
+@pytest.mark.parametrize("form", sorted({width.form for width in widths(132).values()}, key=lambda form: form.rows))
+def test_a_share_of_the_pass_fits_and_accesses_16_bytes_at_a_time(form: Form) -> None:
     for alignment in (2, 1):
-        constants = {"ROWS": SHARE_ROWS, "ALIGNMENT": alignment}
-        signature = {name: kind for name, kind in WORDS.items() if name != "members"} | {"count": "i32"}
-        compiled = compile_sm90(span_share, signature, constants, num_warps=SHARE_ROWS // ROWS_PER_WARP)
+        constants = {"TILE": TILE_ROWS, "ROWS": form.rows, "ALIGNMENT": alignment}
+        types = {name: kind for name, kind in WORDS.items() if name != "members"}
+        types |= dict.fromkeys(("count", "first", "last"), "i32")
+        compiled = compile_sm90(span_share, types, constants, num_warps=form.warps)
         compiled.check()
-        assert compiled.registers <= 128, "half a multiprocessor"
-        # Whole tiles, eight accesses of 16 bytes a thread, and tiles that are cut.
-        wide = 8 if alignment == 2 else 0
+        # Whole tiles, so many accesses of 16 bytes a thread, and tiles that are cut.
+        wide = form.rows * 64 // (form.warps * 32 * 2) if alignment == 2 else 0
         assert compiled.count("LDG.E.128") == compiled.count("STG.E.128") == wide
+        if alignment == 2:
+            assert compiled.registers * form.warps * 32 <= 65536 // 2, "half a multiprocessor"

@@ -1,5 +1,6 @@
 """What may land: grants, cuts at block boundaries, and the copy loop that looks at the epoch and the grant."""
 
+import itertools
 import threading
 import time
 
@@ -68,19 +69,23 @@ def test_a_grant_outside_the_regions_is_refused(where, offset, length):
         Ledger([region(0), region(1)]).grant(1, local((offset, length), where=where), "P")
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_bounds_are_those_of_exact_arithmetic(where, offset, length):
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.sampled_from([1, 2]))
+def test_bounds_are_those_of_exact_arithmetic(where, offset, length, regions):
     columns = [np.array([value], dtype=np.uint64) for value in (where, offset, length)]
-    sizes = np.array([100, 200], dtype=np.uint64)
-    expected = where < 2 and 0 < length and offset + length <= (100, 200)[where]
+    sizes = np.array([100, 200][:regions], dtype=np.uint64)
+    expected = where < regions and 0 < length and offset + length <= (100, 200)[where]
     assert within(*columns, sizes) == expected
 
 
-@given(st.integers(0, 1), st.integers(0, 210), st.integers(0, 210))
-def test_bounds_near_the_end_of_a_region_are_exact(where, offset, length):
-    columns = [np.array([value], dtype=np.uint64) for value in (where, offset, length)]
-    expected = 0 < length and offset + length <= (100, 200)[where]
-    assert within(*columns, np.array([100, 200], dtype=np.uint64)) == expected
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 210), st.integers(0, 210)), min_size=1, max_size=3),
+    st.sampled_from([1, 2]),
+)
+def test_bounds_near_the_end_of_a_region_are_exact(rows, regions):
+    columns = np.array(rows, dtype=np.uint64).T
+    sizes = (100, 200)[:regions]
+    expected = all(where < regions and 0 < length and offset + length <= sizes[where] for where, offset, length in rows)
+    assert within(*columns, np.array(sizes, dtype=np.uint64)) == expected
 
 
 def test_revoke_waits_for_a_copy_and_says_no_when_it_does_not_end():
@@ -155,6 +160,30 @@ def test_pieces_follow_the_blocks_and_cover_the_span_once(start, words, first_wo
     for offset, length, word in zip(chunks.offset, chunks.length, chunks.word, strict=True):
         assert word == first_word + offset % 80 // 8
         assert length <= CHUNK and memory[offset : offset + length].size == length
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 40), st.integers(1, 60)), min_size=1, max_size=6),
+    st.sampled_from([(80, 80), (64, 64), (80, 64), (4096, 4096)]),
+    st.sampled_from([0, 16, 48]),
+)
+def test_posts_over_regions_of_like_and_unlike_blocks_are_cut_alike(rows, blocks, longest):
+    regions = [region(i, 1 << 12, block, first_word=3 * i) for i, block in enumerate(blocks)]
+    chunks = cut(spans(*([5, 8 * at, where, 8 * at, 8 * words] for where, at, words in rows)), regions, longest)
+    pieces = []
+    for where, at, words in rows:
+        edges = sorted({8 * at, *range(0, 1 << 12, blocks[where]), 8 * (at + words)})
+        inside = [edge for edge in edges if 8 * at <= edge <= 8 * (at + words)]
+        pieces += [[where, low, high - low] for low, high in itertools.pairwise(inside)]
+    assert chunks.pieces.tolist() == pieces
+    starts = [*chunks.piece_starts.tolist(), len(chunks.table)]
+    for piece, (first, last) in zip(pieces, itertools.pairwise(starts), strict=True):
+        where, at, _ = piece
+        part = chunks.table[first:last]
+        assert part[:, 4].sum() == piece[2] and (part[:, 4] <= (longest or CHUNK)).all()
+        assert part[:, 3].tolist() == part[:, 1].tolist() == [at + sum(part[:i, 4]) for i in range(len(part))]
+        assert part[:, 5].tolist() == [3 * where + (one % blocks[where]) // 8 for one in part[:, 3].tolist()]
 
 
 def test_a_long_piece_is_copied_in_chunks_whose_digests_add_up():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from hypothesis import given
 
 from pd.kernels.block_copy import copy_and_digest, copy_share, copy_spans, plan_share
 from pd.kernels.digest import digest_spans
-from pd.kernels.spans import as_words, launches
+from pd.kernels.spans import TILE_ROWS, Form, as_words, launches
 from pd.transfer import digest as host
 
 SIZE = 40_000
@@ -58,24 +59,26 @@ def test_a_copy_writes_exactly_the_spans_and_digests_them_on_request() -> None:
     assert torch.equal(digests, digest_spans(source, np.column_stack((spans[:, [0, 2]], positions))))
 
 
-@given(SPANS, st.integers(1, 9))
-def test_a_shared_copy_is_planned_to_the_last_tile(rows: list[tuple[int, int, int]], runs: int) -> None:
+@given(SPANS, st.lists(st.floats(0, 1), max_size=3))
+def test_a_shared_copy_is_planned_to_the_last_tile(rows: list[tuple[int, int, int]], cuts: list[float]) -> None:
     source, target = memory(6), torch.zeros(SIZE, dtype=torch.uint8)
     starts = np.cumsum([0, *(length for _, length, _ in rows)])
     spans = table(*((at, int(to), length) for (at, length, _), to in zip(rows, starts, strict=False)))
     spans = spans[(spans[:, 0] + spans[:, 2] <= SIZE) & (spans[:, 1] + spans[:, 2] <= SIZE)]
     positions = np.array([word for *_, word in rows[: len(spans)]], dtype=np.int64)
-    plan = np.zeros((len(spans) + 1, 5), dtype=np.int64)
-    share = plan_share(as_words(source), as_words(target), spans, positions, plan, runs)
+    plan = np.zeros((5, len(spans) + 1), dtype=np.int64)
+    share = plan_share(as_words(source), as_words(target), spans, positions, plan)
     ends = np.cumsum(
         [
-            -(-(length // 8 + at % 64) // (64 * runs)) if length else 0
+            -(-(length // 8 + at % 64) // (64 * TILE_ROWS)) if length else 0
             for length, at in zip(spans[:, 2], positions, strict=True)
         ]
     )
-    assert share.tiles == (ends[-1] if len(ends) else 0) and plan[1:, 4].tolist() == ends.tolist()
+    assert share.tiles == (ends[-1] if len(ends) else 0) and plan[4, 1:].tolist() == ends.tolist()
     digests = torch.zeros(len(spans), dtype=torch.int64)
-    copy_share(as_words(source), as_words(target), share, torch.from_numpy(plan), digests, 3)
+    bounds = [0, *sorted(int(cut * share.tiles) for cut in cuts), share.tiles]
+    for tiles in itertools.pairwise(bounds):
+        copy_share(as_words(source), as_words(target), share, torch.from_numpy(plan), digests, 3, Form(32, 4), tiles)
     expected = torch.zeros(SIZE, dtype=torch.uint8)
     assert torch.equal(digests, copy_and_digest(source, expected, spans, positions)) and torch.equal(target, expected)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from pd.kernels import reference, spans_triton
-from pd.kernels.spans import Share, share_table, word_alignment
+from pd.kernels.spans import TILE_ROWS, Form, share_table, word_alignment
 from pd.kernels.spans_triton import run_pass, run_share
 from pd.transfer.digest import RUN, digest_spans
 
@@ -78,17 +80,39 @@ def test_a_base_at_an_odd_word_is_read_and_written_word_by_word() -> None:
         assert torch.equal(target[to : to + count], source[at : at + count])
 
 
-@pytest.mark.parametrize("programs", [1, 3, 7, 100])
-@pytest.mark.parametrize("rows", [MIXED, EVEN, MIXED[-1:] + EVEN + MIXED[-1:]], ids=["odd words", "even words", "gaps"])
-def test_however_many_programs_share_the_spans_all_are_copied_and_digested_once(rows, programs: int) -> None:
-    spans = np.array(rows, dtype=np.int64)
+GAPS = MIXED[-1:] + EVEN + MIXED[-1:]
+
+
+@pytest.mark.parametrize("rows", [TILE_ROWS, 2 * TILE_ROWS])
+@pytest.mark.parametrize("cuts", [(), (0.5,), (0.1, 0.2, 0.9)], ids=["whole", "halves", "slices"])
+@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize("spans", [MIXED, EVEN, GAPS], ids=["odd words", "even words", "gaps"])
+def test_however_spans_are_shared_all_are_copied_and_digested_once(spans, programs: int, cuts, rows: int) -> None:
+    spans = np.array(spans, dtype=np.int64)
     source, target = words(8 * TILE, 8), words(8 * TILE, 9)
     expected = target.clone()
     reference.copy_spans(source, expected, spans)
-    table = np.full((len(spans) + 1, 5), 7, dtype=np.int64)
-    tiles = share_table(table, spans, spans_triton.ROWS)
-    share = Share(spans_triton.ROWS, tiles, word_alignment(spans, source, target))
+    table = np.full((5, len(spans) + 1), 7, dtype=np.int64)
+    tiles = share_table(table, spans.T)
+    alignment = word_alignment(spans.T, source, target)
     digests = torch.zeros(len(spans), dtype=torch.int64)
-    run_share(source, target, digests, torch.from_numpy(table), share, min(programs, tiles))
+    bounds = [0, *(int(cut * tiles) for cut in cuts), tiles]
+    for some in itertools.pairwise(bounds):
+        count = min(programs, some[1] - some[0])
+        if count:
+            run_share(source, target, digests, torch.from_numpy(table), alignment, some, count, Form(rows, 4))
     assert torch.equal(target, expected), "exactly the spans were written"
+    assert digests.numpy().view(np.uint64).tolist() == host_digests(source, spans)
+
+
+def test_blocks_are_found_without_a_search() -> None:
+    """As many tiles in every span; the first and the last one of each span belong to it."""
+    count, size = 5, 3 * TILE
+    spans = np.array([[i * size, (count - 1 - i) * size, size, 0] for i in range(count)], dtype=np.int64)
+    source, target = words(count * size, 10), words(count * size, 11)
+    table = np.zeros((5, count + 1), dtype=np.int64)
+    tiles = share_table(table, spans.T)
+    digests = torch.zeros(count, dtype=torch.int64)
+    run_share(source, target, digests, torch.from_numpy(table), 2, (0, tiles), tiles, Form(TILE_ROWS, 4))
+    assert torch.equal(target.view(count, size), source.view(count, size).flip(0))
     assert digests.numpy().view(np.uint64).tolist() == host_digests(source, spans)
