@@ -131,8 +131,9 @@ class DeviceWorker:
 
     def finish(self) -> StepDone:
         """Results of the oldest step that was launched; waits for it. What it pushes starts now."""
-        launched = self._pending.popleft()
+        launched = self._pending[0]
         launched.resolve()
+        self._pending.popleft()
         order = launched.order
         self._orders.start_pushes(order)
         sampled = [launched.sampled.get(index) for index in range(len(launched.rows))]

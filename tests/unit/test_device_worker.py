@@ -9,6 +9,7 @@ import pytest
 
 from pd.errors import ProtocolError
 from pd.messages import StepOrder
+from pd.runner.device_worker import Launched
 from pd.types import SamplingParams
 from tests.oracle import tiny_model
 from tests.worker_driver import GREEDY, KIND, Driver, i64
@@ -113,3 +114,20 @@ def test_growth_enters_the_table_of_a_request_that_is_not_in_the_step(model: str
     expected.generate(2)
     assert first.emitted == alone.emitted
     assert len(other.emitted) == 2
+
+
+def test_the_worker_is_busy_from_when_it_begins_to_launch_until_nothing_is_under_way(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver(model, page_size=4)
+    driver.admit(1, [5, 6, 7])
+    worker, seen = driver.worker, []
+    compute, resolve = worker._compute, Launched.resolve
+    monkeypatch.setattr(worker, "_compute", lambda *args: (seen.append(worker.busy), compute(*args)))
+    monkeypatch.setattr(Launched, "resolve", lambda launched: (seen.append(worker.busy), resolve(launched)))
+    assert not worker.busy
+    first = driver.order({1: 3})
+    worker.launch(first)
+    assert seen == [True] and worker.busy
+    driver.take(first)  # waits for the device
+    assert seen == [True, True] and not worker.busy
