@@ -16,9 +16,9 @@ python=${PYTHON:-python3}
 PATH=$PATH:/usr/local/cuda/bin
 command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit"; exit 2; }
 
-# Without the sanitizer first: kernels are compiled into Triton's cache, and results are known to be right.
+# Without the sanitizer first: kernels are compiled into Triton's cache, many at a time, and results known to be right.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-$python tests/gpu/sanitize.py "$@" || exit 1
+"$python" tests/gpu/sanitize.py --list "$@" | xargs -P 8 -n 1 "$python" tests/gpu/sanitize.py || exit 1
 
 failed=0
 for tool in ${tools:-memcheck racecheck}; do
