@@ -58,9 +58,9 @@ KIND = ContextVar("kind", default="host")
 
 
 def make_worker(
-    model: Model, pool: KvPool, info: ModelInfo, *, graphs: int = 0, **options: Any
+    model: Model, pool: KvPool, info: ModelInfo, *, graphs: int = 0, slots: int = 64, **options: Any
 ) -> Worker | DeviceWorker:
-    """`graphs`: the largest decode batch that is captured, of 0 none."""
+    """`graphs`: the largest decode batch that is captured, of 0 none; `slots`: requests that a GPU has room for."""
     device = pool.memory.device
     if KIND.get() == "host" and device.type == "cpu":
         return Worker(model, pool, vocab_size=info.vocab_size, **options)
@@ -68,7 +68,7 @@ def make_worker(
     digest = options.get("digest")
     if digest is not None and device.type == "cpu":
         options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
-    state = DeviceState(64, width, info.num_kv_heads, device)
+    state = DeviceState(slots, width, info.num_kv_heads, device)
     group = info.num_heads // info.num_kv_heads
     worker = DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
     if graphs:
