@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pd.messages import Admit, CopyBlock, StepDone, StepOrder
+from pd.messages import Admit, CopyBlock, StepDone, StepOrder, TokenLogprobs
 from pd.models.dense import DENSE_ARCHITECTURES
 from pd.models.info import check_model
 from pd.models.registry import Model
@@ -50,6 +50,7 @@ class Track:
     emitted: list[int] = field(default_factory=list)
     choices: list[list[int]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    said: list[TokenLogprobs] = field(default_factory=list)  # of each step that was asked for any
     prompt_logprobs: dict[int, float] = field(default_factory=dict)
 
 
@@ -58,9 +59,9 @@ KIND = ContextVar("kind", default="host")
 
 
 def make_worker(
-    model: Model, pool: KvPool, info: ModelInfo, *, graphs: int = 0, **options: Any
+    model: Model, pool: KvPool, info: ModelInfo, *, graphs: int = 0, slots: int = 64, **options: Any
 ) -> Worker | DeviceWorker:
-    """`graphs`: the largest decode batch that is captured, of 0 none."""
+    """`graphs`: the largest decode batch that is captured, of 0 none; `slots`: requests that a GPU has room for."""
     device = pool.memory.device
     if KIND.get() == "host" and device.type == "cpu":
         return Worker(model, pool, vocab_size=info.vocab_size, **options)
@@ -68,7 +69,7 @@ def make_worker(
     digest = options.get("digest")
     if digest is not None and device.type == "cpu":
         options["digest"] = lambda blocks, tokens: torch.from_numpy(digest(blocks, tokens).view(np.int64))
-    state = DeviceState(64, width, info.num_kv_heads, device)
+    state = DeviceState(slots, width, info.num_kv_heads, info.vocab_size, device)
     group = info.num_heads // info.num_kv_heads
     worker = DeviceWorker(model, pool, state, vocab_size=info.vocab_size, group=group, **options)
     if graphs:
@@ -186,6 +187,7 @@ class Driver:
                 track.emitted.append(some[0])
         for row in done.logprobs:
             self.tracks[keys[row.index]].logprobs.extend(f32(row.logprobs.chosen_f32).tolist())
+            self.tracks[keys[row.index]].said.append(row.logprobs)
         for prompt in done.prompt_logprobs:
             values = f32(prompt.logprobs.logprobs_f32).tolist()
             known = self.tracks[keys[prompt.index]].prompt_logprobs

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pd.kernels.launch import columns
+
 if TYPE_CHECKING:
     from pd.kernels.sampling_device import DeviceSampling
 
@@ -336,7 +338,7 @@ def find_cuts(logits: torch.Tensor, sampling: DeviceSampling) -> tuple[torch.Ten
     """Of each row the cut float32[S] and the last id among its ties int32[S]; -inf and no bound where all is kept."""
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SURVEY_TILE)
-    highs, lows, sums = torch.empty(3, rows, tiles, dtype=torch.float32, device=logits.device).unbind()
+    highs, lows, sums = columns(3, rows * tiles, torch.float32, logits.device)
     counts = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
     few = torch.empty(rows, FEW, dtype=torch.int32, device=logits.device)
     cuts = torch.empty(rows, dtype=torch.float32, device=logits.device)

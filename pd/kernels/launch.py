@@ -48,6 +48,14 @@ def pdl_supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0) and not triton.knobs.runtime.interpret
 
 
+def columns(count: int, length: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """`count` arrays of `length` values of four bytes, uninitialised, each at a multiple of 16 bytes.
+
+    A kernel is compiled anew for a pointer that is not at one, in the middle of a step: so none may depend on a length.
+    """
+    return torch.empty(count, -(-length // 4) * 4, dtype=dtype, device=device)[:, :length].unbind()
+
+
 def launch_options(num_warps: int, *, num_stages: int = 3, pdl: bool = False) -> dict[str, Any]:
     """Keyword arguments of a launch, for a kernel with the constexpr `PDL` of this module's description.
 

@@ -6,7 +6,7 @@ last place apart, so where a row's best scores are within about 1e-6 of each oth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -28,6 +28,10 @@ class DeviceSampling:
     seed: torch.Tensor  # int64[S]: the bits of a uint64
     choice: torch.Tensor  # int32[S]
     position: torch.Tensor  # int32[S] of the token to be sampled
+
+    def select(self, rows: torch.Tensor) -> DeviceSampling:
+        """These rows, int32[n]."""
+        return DeviceSampling(*(getattr(self, field.name).index_select(0, rows) for field in fields(self)))
 
 
 def sample_rows(

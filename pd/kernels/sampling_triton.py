@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from pd.kernels.cuts_triton import COLDEST, LOG2_E, NONE, find_cuts
+from pd.kernels.launch import columns
 
 if TYPE_CHECKING:
     from pd.kernels.sampling_device import DeviceSampling
@@ -253,7 +254,7 @@ def sample_rows(
     picks = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
     highs = sums = chosen = None
     if logprobs:
-        highs, sums = torch.empty(2, rows, tiles, dtype=torch.float32, device=logits.device).unbind()
+        highs, sums = columns(2, rows * tiles, torch.float32, logits.device)
         chosen = torch.empty(rows, dtype=torch.float32, device=logits.device)
     cuts = find_cuts(logits, sampling) if restricted else (None, None)
     keys = sampling.temperature, sampling.seed, sampling.choice, sampling.position

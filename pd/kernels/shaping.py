@@ -2,8 +2,8 @@
 
 What is known of a request's tokens stays on the device, in a slot that it has while it lives: a bit for each token of
 its prompt and a count for each token that it emitted. Only requests with penalties need one. Where a batch has no row
-that asks, the op is not called at all (a captured step has a variant without it); rows that do not ask cost a look at
-their slot. Order and meaning are those of `pd.kernels.sampling`.
+that asks, the op is not called at all; rows that do not ask cost a look at their slot. Order and meaning are those of
+`pd.kernels.sampling`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from pd.kernels.sampling import penalise
 
 WORD_BITS = 32
+
+#: A count stays at this.
+MOST_COUNTED = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def token_bits(tokens: npt.ArrayLike, vocab: int) -> npt.NDArray[np.int32]:
 def apply_penalties(logits: torch.Tensor, penalties: Penalties, seen: torch.Tensor, counts: torch.Tensor) -> None:
     """logits float32[S, V] in place; `seen` int32[slots, ceil(V / 32)] as `token_bits` makes them, of the prompts.
 
-    `counts` [slots, V] of any integer type: how often the slot's request has emitted each token.
+    `counts` int16[slots, V]: how often the slot's request has emitted each token, at most MOST_COUNTED.
     """
     _check(logits)
     if seen.shape[1] * WORD_BITS < logits.shape[1] or counts.shape[1] != logits.shape[1]:
@@ -64,9 +67,9 @@ def apply_penalties(logits: torch.Tensor, penalties: Penalties, seen: torch.Tens
 
 
 def count_tokens(counts: torch.Tensor, slot: torch.Tensor, tokens: torch.Tensor) -> None:
-    """counts [slots, V] in place: one more of tokens int32[S] in each row's slot int32[S] that is not below 0.
+    """counts int16[slots, V] in place: one more of tokens int32[S] in each row's slot int32[S] that is not below 0.
 
-    No two rows have the same slot.
+    No two rows have the same slot. MOST_COUNTED stays.
     """
     if counts.is_cuda:
         from pd.kernels import shaping_triton
@@ -74,14 +77,14 @@ def count_tokens(counts: torch.Tensor, slot: torch.Tensor, tokens: torch.Tensor)
         shaping_triton.count_tokens(counts, slot, tokens)
         return
     rows = slot >= 0
-    counts[slot[rows].long(), tokens[rows].long()] += 1
+    at = slot[rows].long(), tokens[rows].long()
+    counts[at] = (counts[at].int() + 1).clamp(max=MOST_COUNTED).short()
 
 
 def add_bias_rows(logits: torch.Tensor, row: torch.Tensor, token: torch.Tensor, value: torch.Tensor) -> None:
     """logits [S, V] in place: add value float32[n] at (row, token), int32[n] each, no pair twice. -inf forbids it.
 
-    An entry whose row is below 0, or whose token is outside the vocabulary, has no effect: so the lists of a captured
-    step are filled up.
+    An entry whose row is below 0, or whose token is outside the vocabulary, has no effect.
     """
     _check(logits)
     if logits.is_cuda:
@@ -108,12 +111,6 @@ def forbid_rows(logits: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) ->
     wanted = rows >= 0
     index = rows[wanted].long()
     logits[index] = logits[index].masked_fill(~unpack_bits(mask[wanted], logits.shape[1]), float("-inf"))
-
-
-def top_logprobs_rows(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of each row, best first: logprobs float32[S, k] and ids int32[S, k]. Not for captured steps."""
-    top = logits.float().log_softmax(-1).topk(min(k, logits.shape[1]), dim=-1)
-    return top.values, top.indices.int()
 
 
 def unpack_bits(mask: torch.Tensor, vocab: int) -> torch.Tensor:

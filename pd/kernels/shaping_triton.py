@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from pd.kernels.shaping import Penalties
+from pd.kernels.shaping import MOST_COUNTED, Penalties
 
 TILE = 4096
 #: Entries of a list that one program works off.
@@ -54,18 +51,19 @@ def penalty_pass(
         tl.store(at, tl.where(count > 0, x - taken, x), mask=inside)
 
 
-@triton.jit
-def count_pass(counts, slots, tokens, counts_stride, rows, vocab, ENTRIES: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def count_pass(counts, slots, tokens, counts_stride, rows, vocab, MOST: tl.constexpr, ENTRIES: tl.constexpr):
     """Grid (ceil(rows / ENTRIES),)."""
     lanes = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     slot = tl.load(slots + lanes, mask=lanes < rows, other=-1).to(tl.int64)
     token = tl.load(tokens + lanes, mask=lanes < rows, other=-1)
     valid = (slot >= 0) & (token >= 0) & (token < vocab)
     at = counts + slot * counts_stride + token
-    tl.store(at, tl.load(at, mask=valid, other=0) + 1, mask=valid)
+    count = tl.load(at, mask=valid, other=0).to(tl.int32)
+    tl.store(at, tl.minimum(count + 1, MOST).to(tl.int16), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def bias_pass(logits, rows, tokens, values, stride, entries, vocab, ENTRIES: tl.constexpr):
     """Grid (ceil(entries / ENTRIES),)."""
     lanes = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
@@ -103,7 +101,7 @@ def count_tokens(counts: torch.Tensor, slot: torch.Tensor, tokens: torch.Tensor)
     rows, vocab = len(slot), counts.shape[1]
     with torch.cuda.device_of(counts):
         count_pass[(triton.cdiv(rows, ENTRIES),)](
-            counts, slot, tokens, counts.stride(0), rows, vocab, ENTRIES=ENTRIES, **OPTIONS
+            counts, slot, tokens, counts.stride(0), rows, vocab, MOST=MOST_COUNTED, ENTRIES=ENTRIES, **OPTIONS
         )
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pd.kernels.launch import columns
 from pd.kernels.sampling_device import DeviceSampling
 from pd.kernels.step_rows import SlotState, StepRows
 
@@ -58,7 +59,7 @@ def prepare_rows_kernel(
         tl.store(offsets + row, tl.load(positions + row) % PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gather_sampling_kernel(
     table, slots, lengths, temperature, top_p, min_p, top_k, choice, seed, position, rows, ROWS: tl.constexpr
 ):
@@ -77,7 +78,7 @@ def gather_sampling_kernel(
     tl.store(position + row, tl.load(lengths + row, mask=mask, other=0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def store_last_kernel(last, slots, tokens, rows, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < rows
@@ -110,8 +111,8 @@ def launch_prepare_rows(state: SlotState, rows: StepRows, page_size: int) -> Non
 
 def launch_gather_sampling(state: SlotState, slots: torch.Tensor, lengths: torch.Tensor) -> DeviceSampling:
     count = slots.shape[0]
-    real = torch.empty(3, count, dtype=torch.float32, device=slots.device)
-    whole = torch.empty(3, count, dtype=torch.int32, device=slots.device)
+    real = columns(3, count, torch.float32, slots.device)
+    whole = columns(3, count, torch.int32, slots.device)
     seed = torch.empty(count, dtype=torch.int64, device=slots.device)
     grid = (triton.cdiv(count, 128),)
     gather_sampling_kernel[grid](

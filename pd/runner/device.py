@@ -20,6 +20,7 @@ from pd.models.registry import Model
 from pd.runner.config import RunnerConfig
 from pd.runner.cuda_digest import PoolDigests
 from pd.runner.cuda_memory import CudaMemory
+from pd.runner.device_sampler import DeviceSampler
 from pd.runner.device_state import DeviceState
 from pd.runner.device_worker import DeviceWorker
 from pd.runner.ends import StepEnds
@@ -28,7 +29,7 @@ from pd.runner.graphs import StepGraphs
 from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, count_device_blocks, free_memory
 from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
-from pd.runner.warm_up import warm_up
+from pd.runner.warm_up import warm_sampler, warm_up
 from pd.runner.worker import Worker
 from pd.transfer.digest import DigestGeometry, digest_blocks
 from pd.types import BlockShape, ModelInfo
@@ -41,6 +42,9 @@ SMALL_MODEL = 256 << 20
 
 #: Prompts of the first steps and the tokens before them: one per way through a GPU's attention.
 WARM_PROMPTS = ((4, 0), (32, 2048), (1120, 0), (8192, 0))
+
+#: Rows of the first samples: few go another way than many.
+WARM_ROWS = (1, 32)
 
 #: Tokens of a prompt that one step may take, by default.
 LONGEST_STEP = STEP_TOKENS["cuda"][0]
@@ -168,7 +172,7 @@ class Gpu:
         started, by_torch = time.monotonic(), config.model.attention_backend == "torch"
         width = -(-info.context_length // pool.shape.tokens) + 1
         # As many requests as decode at once, and prompts that a released one has not left yet.
-        state = DeviceState(2 * config.max_running, width, info.num_kv_heads, self._device)
+        state = DeviceState(2 * config.max_running, width, info.num_kv_heads, info.vocab_size, self._device)
         worker = DeviceWorker(
             self._model,
             pool,
@@ -187,6 +191,7 @@ class Gpu:
         for prompt, prefix in WARM_PROMPTS:
             if prefix + prompt < info.context_length:
                 warm_up(worker, prompt, prefix)
+        self._warm_sampler(worker.sampler, info)
         log("kernels compiled", seconds=round(time.monotonic() - started, 2))
         graphs = None
         if not config.model.disable_cuda_graph and not by_torch:
@@ -209,6 +214,12 @@ class Gpu:
             watch_compilation(lambda kernel: log("kernel compiled while serving", kernel=kernel))
         self._worker = worker
         return worker
+
+    @torch.inference_mode()
+    def _warm_sampler(self, sampler: DeviceSampler, info: ModelInfo) -> None:
+        for rows in sorted({min(rows, sampler.state.slots) for rows in WARM_ROWS}):
+            hidden = torch.zeros(rows, info.hidden_size, dtype=TORCH_DTYPES[info.dtype], device=self._device)
+            warm_sampler(sampler, self._model.logits(hidden))
 
 
 def spins(wait: str, cores: int, gpus: int) -> bool:

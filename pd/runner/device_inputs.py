@@ -40,6 +40,16 @@ class Packed:
         return memory, {name: words[place] for name, place in self._places.items()}
 
 
+def bring(arrays: Mapping[str, Int32], device: torch.device) -> dict[str, torch.Tensor]:
+    """Each on the device in its shape, by one copy in the current stream's order that nobody waits for."""
+    packed = Packed({name: array.size for name, array in arrays.items()})
+    memory, host = packed.on_host(device.type == "cuda")
+    for name, array in arrays.items():
+        host[name][:] = array.reshape(-1)
+    fields = packed.of(memory.to(device, non_blocking=True))
+    return {name: fields[name].view(array.shape) for name, array in arrays.items()}
+
+
 @dataclass(frozen=True)
 class StepArrays:
     """Views of one device buffer: the rows, and which of their tokens are sampled for which slots."""

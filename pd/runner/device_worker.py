@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pd.kernels.sampling_device import sample_rows
-from pd.kernels.step_rows import gather_sampling, prepare_rows, store_last
-from pd.messages import PromptRow, Push, StepDone, StepOrder, TokenLogprobs
+from pd.kernels.step_rows import prepare_rows
+from pd.messages import FailedRow, PromptRow, Push, StepDone, StepOrder
 from pd.models.registry import Model
 from pd.runner.device_inputs import UNKNOWN, InputBuilder
+from pd.runner.device_sampler import DeviceSampler
 from pd.runner.device_state import DeviceState, upload
+from pd.runner.drawn import Drawn, to_host
 from pd.runner.grammar import Grammars
 from pd.runner.graphs import Outcome, StepGraphs
 from pd.runner.inputs import Int32, Request, Row
 from pd.runner.kv_pool import KvPool
 from pd.runner.orders import Orders
-from pd.runner.results import step_done
-from pd.runner.sampler import Sampled, needs_host, restricts, sample, wants_logprob
-from pd.types import SamplingParams
+from pd.runner.results import failed_rows, step_done
+from pd.runner.sampler import Sampled
+from pd.runner.shaping import asks_more
 
 #: (blocks, valid tokens) -> int64[n] on the device, launched behind the step that completes the blocks.
 LaunchDigests = Callable[[Int32, Int32], torch.Tensor]
@@ -40,8 +41,8 @@ class Launched:
     places: list[int] = field(default_factory=list)  # of the tokens to come, in their requests
     sampled: dict[int, Sampled] = field(default_factory=dict)  # by row
     prompts: list[PromptRow] = field(default_factory=list)
-    tokens: torch.Tensor | None = None  # int32[S], on the way to the host
-    logprobs: torch.Tensor | None = None
+    failed: list[FailedRow] = field(default_factory=list)
+    drawn: Drawn | None = None  # on the way to the host
     digests: torch.Tensor | None = None
     event: torch.cuda.Event | None = None
 
@@ -50,25 +51,25 @@ class Launched:
         if self.event is not None:
             self.event.synchronize()
             self.event = None
-        if self.tokens is None:
+        if self.drawn is None:
             return
-        logprobs = self.logprobs.numpy() if self.logprobs is not None else None
-        for index, (row, token) in enumerate(zip(self.wanted, self.tokens.tolist(), strict=True)):
-            request = self.rows[row].request
-            request.tokens.set(self.places[index], token)
-            said = None
-            if logprobs is not None and wants_logprob(request.sampling):
-                said = TokenLogprobs(logprobs[index : index + 1].tobytes())
-            self.sampled[row] = Sampled([token], said)
-        self.tokens = None
+        requests = [self.rows[row].request for row in self.wanted]
+        results = self.drawn.results([request.sampling for request in requests])
+        for row, place, request, result in zip(self.wanted, self.places, requests, results, strict=True):
+            request.tokens.set(place, result.tokens[0])
+            if request.constraint is not None:
+                request.constraint.advance(result.tokens[0])
+            self.sampled[row] = result
+        self.drawn = None
 
 
 class DeviceWorker:
     """`launch` may be called with order N+1 before `finish` has returned the results of N.
 
-    The device keeps each request's last token, so that only what needs tokens on the host waits for them: grammars,
-    penalties, biases, several choices, and logprobs of other tokens than the sampled one. `pushes` start when their
-    step is done. After an error the state is undefined.
+    The device keeps each request's last token, and what else its next one depends on, so that nothing waits for tokens
+    but a grammar: what may come next is worked out on the host, from all that came. So a step with a constrained row
+    waits for the one before it when its layers are on their way, and only its mask comes behind them. `pushes` start
+    when their step is done. After an error the state is undefined.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class DeviceWorker:
         self._by_torch, self._spin = by_torch, spin
         self._device = state.state.last.device
         self._inputs = InputBuilder(pool.shape.tokens, group, state.state.scratch, self._device)
+        self.sampler = DeviceSampler(state)
         self._pending: deque[Launched] = deque()
         self._launching = False
         self._tell: Callable[[torch.cuda.Event | None], None] = lambda event: None
@@ -139,7 +141,8 @@ class DeviceWorker:
         sampled = [launched.sampled.get(index) for index in range(len(launched.rows))]
         digests = launched.digests.numpy().tobytes() if launched.digests is not None else b""
         micros = int((time.perf_counter() - launched.started) * 1e6)
-        return step_done(order, self._rank, launched.rows, sampled, launched.prompts, digests, micros)
+        rows, prompts, failed = launched.rows, launched.prompts, launched.failed
+        return step_done(order, self._rank, rows, sampled, prompts, failed, digests, micros)
 
     def step(self, order: StepOrder) -> StepDone:
         """`launch` and `finish`, where no other step is under way."""
@@ -201,15 +204,10 @@ class DeviceWorker:
             outcome = _of_rows(outcome, launched.wanted)
         if outcome.hidden is not None:
             launched.prompts = self._orders.prompt_logprobs(rows, outcome.hidden)
-        tokens: torch.Tensor | None = None
-        logprobs: torch.Tensor | None = None
-        if any(needs_host(row.request) for row in samples):
-            self._sample_slowly(launched, outcome.logits)
-        elif outcome.tokens is not None and not any(_asks_more(row.request.sampling) for row in samples):
-            tokens = outcome.tokens
-        elif samples:
-            tokens, logprobs = self._sample(samples, outcome)
-        self._advance(launched, tokens, logprobs)
+        if samples:
+            launched.drawn = self._sample([row.request for row in samples], outcome).to_host()
+            launched.failed = failed_rows(rows)
+        self._advance(launched)
 
     def _replay(self, rows: Sequence[Row], grown: Mapping[int, int]) -> Outcome | None:
         """By a captured graph, where there is one for it."""
@@ -229,58 +227,34 @@ class DeviceWorker:
         logits = self._model.logits(last) if len(last) else last
         return Outcome(logits, arrays.sample_slots, arrays.sample_lengths, hidden=hidden)
 
-    def _sample(self, rows: Sequence[Row], outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, logprobs = sample_rows(
-            outcome.logits,
-            gather_sampling(self._state.state, outcome.slots, outcome.lengths),
-            restricted=any(restricts(row.request.sampling) for row in rows),
-            logprobs=any(wants_logprob(row.request.sampling) for row in rows),
-        )
-        store_last(self._state.state, outcome.slots, tokens)
-        return tokens, logprobs
+    def _sample(self, requests: Sequence[Request], outcome: Outcome) -> Drawn:
+        if outcome.tokens is not None and not any(asks_more(request) for request in requests):
+            return Drawn(outcome.tokens)
+        return self.sampler.sample(requests, outcome, self._allowed(requests))
 
-    def _sample_slowly(self, launched: Launched, logits: torch.Tensor) -> None:
-        """What needs the tokens so far on the host: waits for the steps before this one."""
-        for earlier in self._pending:
-            earlier.resolve()
-        rows = [launched.rows[index] for index in launched.wanted]
-        requests = [row.request for row in rows]
-        forbidden = self._orders.forbidden(requests)
-        results = sample(requests, logits.float(), forbidden)
-        for index, result in zip(launched.wanted, results, strict=True):
-            launched.sampled[index] = result
-        store_last(
-            self._state.state,
-            upload(np.array([request.slot for request in requests], dtype=np.int32), self._device),
-            upload(np.array([result.tokens[0] for result in results], dtype=np.int32), self._device),
-        )
+    def _allowed(self, requests: Sequence[Request]) -> Mapping[int, Int32]:
+        """What grammars allow, which is known once their requests' last tokens are on the host."""
+        constrained = [request for request in requests if request.constraint is not None]
+        if any(request.tokens.at(len(request.tokens) - 1) == UNKNOWN for request in constrained):
+            for earlier in self._pending:
+                earlier.resolve()
+        return self._orders.allowed(requests)
 
-    def _advance(self, launched: Launched, tokens: torch.Tensor | None, logprobs: torch.Tensor | None) -> None:
+    @staticmethod
+    def _advance(launched: Launched) -> None:
         """The request goes on with its first choice; the scheduler admits the others as requests of their own."""
         for row in launched.rows:
             row.request.computed = row.end
         for index in launched.wanted:
             request = launched.rows[index].request
-            result = launched.sampled.get(index)
             launched.places.append(len(request.tokens))
-            request.tokens.append(result.tokens[0] if result is not None else UNKNOWN)
+            request.tokens.append(UNKNOWN)
             request.choices = 1
-            if result is not None and request.constraint is not None:
-                request.constraint.advance(result.tokens[0])
-        if tokens is not None:
-            launched.tokens = self._to_host(tokens)
-            launched.logprobs = self._to_host(logprobs) if logprobs is not None else None
-
-    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
-        """On its way: complete when the step's event is."""
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._device.type == "cuda")
-        host.copy_(values, non_blocking=True)
-        return host
 
     def _launch_digests(self, launched: Launched) -> None:
         blocks, tokens = self._orders.completed(launched.order, self._digest)
         if len(blocks) and self._digest is not None:
-            launched.digests = self._to_host(self._digest(blocks, tokens))
+            launched.digests = to_host(self._digest(blocks, tokens))
 
 
 def _decode_rows(rows: Sequence[Row]) -> int:
@@ -293,13 +267,8 @@ def _tells_prompts(rows: Sequence[Row]) -> bool:
     return any(row.request.logprob_start >= 0 and row.first < row.request.prompt_len for row in rows)
 
 
-def _asks_more(sampling: SamplingParams) -> bool:
-    """More than a token that is the best, or drawn from all."""
-    return restricts(sampling) or wants_logprob(sampling)
-
-
 def _of_rows(outcome: Outcome, rows: Sequence[int]) -> Outcome:
-    chosen = torch.tensor(rows, dtype=torch.int64, device=outcome.logits.device)
+    chosen = upload(np.array(rows, dtype=np.int64), outcome.logits.device)
     assert outcome.tokens is not None
     return Outcome(
         outcome.logits[chosen], outcome.slots[chosen], outcome.lengths[chosen], outcome.tokens[chosen], outcome.hidden

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import llguidance.numpy as bitmasks
 import numpy as np
-import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
+from pd.kernels.shaping import WORD_BITS, token_bits
 from pd.messages import GrammarCompile, GrammarCompiled
-from pd.runner.inputs import Request
+from pd.runner.inputs import Int32, Request
 from pd.stacks import call_deep
 
 #: Compiled grammars that are kept, and the characters of all of them. A schema of 150 KB takes some megabytes.
@@ -142,10 +142,11 @@ class Grammars:
 
     # --- sampling ---
 
-    def forbidden(self, requests: Sequence[Request]) -> Mapping[int, torch.Tensor]:
-        """By index of the constrained requests: bool[V], the tokens that cannot be drawn. At least one can.
+    def allowed(self, requests: Sequence[Request]) -> Mapping[int, Int32]:
+        """By index of the constrained requests: the tokens that can be drawn, at least one, `min_tokens` regarded.
 
-        A request for which there is none has a `problem` afterwards, and no entry.
+        int32[ceil(V / 32)], as `pd.kernels.shaping.token_bits` makes them. A request for which there is no token has a
+        `problem` afterwards, and no entry.
         """
         rows = [
             (index, request, request.constraint)
@@ -154,24 +155,23 @@ class Grammars:
         ]
         if not rows:
             return {}
-        masks = np.invert(self._fill([constraint.matcher for _, _, constraint in rows]))
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : self._vocab].view(np.bool_)
-        if bits.shape[1] < self._vocab:
-            bits = np.pad(bits, ((0, 0), (0, self._vocab - bits.shape[1])), constant_values=True)
+        masks = self._fill([constraint.matcher for _, _, constraint in rows])
         found = {}
-        for row, (index, request, constraint) in enumerate(rows):
+        for bits, (index, request, constraint) in zip(masks, rows, strict=True):
             if constraint.usable():
-                barred = bits[row]
+                # What a grammar wants comes first: where only end tokens are left, the output is complete.
                 if request.sampling.ignore_eos:
-                    barred = _without_end(barred, self._eos)
-                if barred.all():
-                    constraint.problem = "no token of the model continues the output as its grammar wants"
+                    bits = _without(bits, self._eos)
+                if request.too_short:
+                    bits = _without(bits, request.sampling.stop_token_ids)
+                if bits.any():
+                    found[index] = bits
                 else:
-                    found[index] = torch.from_numpy(barred)
+                    constraint.problem = "no token of the model continues the output as its grammar wants"
         return found
 
-    def _fill(self, matchers: list[LLMatcher]) -> np.ndarray:
-        """int32[n, words]: a bit for each token that may come next."""
+    def _fill(self, matchers: list[LLMatcher]) -> Int32:
+        """int32[n, ceil(V / 32)]: a bit for each token that may come next. Only the model's tokens have one."""
         width = (self._tokenizer.result().vocab_size + 31) // 32
         if self._masks.shape[0] < len(matchers) or self._masks.shape[1] != width:
             self._masks = np.zeros((2 * len(matchers), width), dtype=np.int32)
@@ -182,14 +182,19 @@ class Grammars:
                 self._executor = LLExecutor()
             pairs = [(matcher, row) for row, matcher in enumerate(matchers)]
             bitmasks.fill_next_token_bitmask_par(self._executor, pairs, self._masks)
-        return self._masks[: len(matchers)]
+        words = -(-self._vocab // WORD_BITS)
+        bits = np.zeros((len(matchers), words), dtype=np.int32)
+        bits[:, :width] = self._masks[: len(matchers), :words]
+        if self._vocab % WORD_BITS:
+            bits[:, -1] &= (1 << self._vocab % WORD_BITS) - 1
+        return bits
 
 
-def _without_end(barred: np.ndarray, eos: list[int]) -> np.ndarray:
-    """Bar the end tokens, too, unless nothing else is left: the grammar has come to its end."""
-    more = barred.copy()
-    more[[token for token in eos if 0 <= token < len(more)]] = True
-    return barred if more.all() else more
+def _without(bits: Int32, tokens: Sequence[int]) -> Int32:
+    """These bits without those of `tokens`, unless nothing would be left."""
+    room = WORD_BITS * len(bits)
+    fewer: Int32 = bits & ~token_bits([token for token in tokens if 0 <= token < room], room)
+    return fewer if fewer.any() else bits
 
 
 def _make_tokenizer(file: Path, vocab_size: int, eos: list[int]) -> LLTokenizer:

@@ -21,6 +21,7 @@ from pd.types import SamplingParams
 
 if TYPE_CHECKING:
     from pd.runner.grammar import Constraint
+    from pd.runner.shaping import Biases
 
 Int32 = npt.NDArray[np.int32]
 
@@ -74,6 +75,13 @@ class Request:
     prompt_top_logprobs: int
     constraint: Constraint | None = None  # where there is a grammar
     slot: int = -1  # where the device keeps its state, if it does
+    biases: Biases | None = None  # once they have been needed there
+    plain_from: int = 0  # known tokens from which on it asks that device for no more than a draw from all
+
+    @property
+    def too_short(self) -> bool:
+        """Fewer tokens emitted than `min_tokens`, counted from the original prompt's end."""
+        return len(self.tokens) - self.prompt_len < self.sampling.min_tokens
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,13 @@ def wants_logprobs(sampling: SamplingParams) -> bool:
 
 
 def token_logprobs(logprobs: torch.Tensor, tokens: list[int], sampling: SamplingParams) -> TokenLogprobs:
-    """Of `tokens` (several for several choices), all drawn at the one position that `logprobs` float32[V] is of."""
+    """Of `tokens` (several for several choices), all drawn at the one position that `logprobs` float32[V] is of.
+
+    On the CPU, like those.
+    """
     count = len(tokens)
     return TokenLogprobs(
-        chosen_f32=logprobs[torch.tensor(tokens, device=logprobs.device)].cpu().numpy().tobytes(),
+        chosen_f32=logprobs[torch.tensor(tokens)].numpy().tobytes(),
         tops=_tops(logprobs.expand(count, -1), sampling.top_logprobs),
         wanted_f32=_wanted(logprobs.expand(count, -1), sampling.token_ids_logprob),
     )
@@ -77,7 +80,7 @@ def _tops(logprobs: torch.Tensor, width: int) -> TopLogprobs | None:
     if width <= 0:
         return None
     top = logprobs.topk(width, dim=-1)
-    return TopLogprobs(width, top.indices.to(torch.int32).cpu().numpy().tobytes(), top.values.cpu().numpy().tobytes())
+    return TopLogprobs(width, top.indices.to(torch.int32).numpy().tobytes(), top.values.numpy().tobytes())
 
 
 def _wanted(logprobs: torch.Tensor, ids: tuple[int, ...]) -> bytes:

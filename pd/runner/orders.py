@@ -65,9 +65,9 @@ class Orders:
                 raise ProtocolError("pushes", "this runner has no transfer engine")
             self.push(push)
 
-    def forbidden(self, requests: Sequence[Request]) -> Mapping[int, torch.Tensor]:
-        """By index of the constrained requests: bool[V], the tokens that they cannot have."""
-        return self.grammars.forbidden(requests) if self.grammars is not None else {}
+    def allowed(self, requests: Sequence[Request]) -> Mapping[int, Int32]:
+        """By index of the constrained requests: bits of the tokens that they can have."""
+        return self.grammars.allowed(requests) if self.grammars is not None else {}
 
     def prompt_logprobs(self, rows: Sequence[Row], hidden: torch.Tensor) -> list[PromptRow]:
         """Of the rows that ask for them; `hidden` [T, H] of all rows."""

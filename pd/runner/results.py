@@ -17,6 +17,7 @@ def step_done(
     rows: Sequence[Row],
     sampled: Sequence[Sampled | None],
     prompts: list[PromptRow],
+    failed: list[FailedRow],
     digests: bytes,
     compute_us: int,
 ) -> StepDone:
@@ -37,9 +38,14 @@ def step_done(
         prompt_logprobs=prompts,
         digests_u64=digests,
         compute_us=compute_us,
-        failed=[
-            FailedRow(index, row.request.constraint.problem)
-            for index, row in enumerate(rows)
-            if row.sample and row.request.constraint is not None and row.request.constraint.problem
-        ],
+        failed=failed,
     )
+
+
+def failed_rows(rows: Sequence[Row]) -> list[FailedRow]:
+    """Those that cannot be sampled any more, as far as is known now."""
+    return [
+        FailedRow(index, row.request.constraint.problem)
+        for index, row in enumerate(rows)
+        if row.sample and row.request.constraint is not None and row.request.constraint.problem
+    ]

@@ -16,7 +16,7 @@ from pd.runner.grammar import Grammars
 from pd.runner.inputs import Row, StepInputs, build_inputs
 from pd.runner.kv_pool import KvPool
 from pd.runner.orders import Orders
-from pd.runner.results import step_done
+from pd.runner.results import failed_rows, step_done
 from pd.runner.sampler import Sampled, sample
 
 #: (blocks int32[n], valid tokens int32[n]) -> uint64[n]
@@ -75,7 +75,8 @@ class Worker:
         digests = self._digests(order)
         self._orders.start_pushes(order)
         micros = int((time.perf_counter() - started) * 1e6)
-        return step_done(order, self._rank, inputs.rows, sampled, prompts, digests, micros)
+        failed = failed_rows(inputs.rows)
+        return step_done(order, self._rank, inputs.rows, sampled, prompts, failed, digests, micros)
 
     def _sample(self, inputs: StepInputs, hidden: torch.Tensor) -> list[Sampled | None]:
         wanted = [index for index, row in enumerate(inputs.rows) if row.sample]
@@ -84,8 +85,8 @@ class Worker:
             last = torch.tensor([inputs.rows[index].start + inputs.rows[index].count - 1 for index in wanted])
             logits = self._model.logits(hidden[last]).float()
             requests = [inputs.rows[index].request for index in wanted]
-            forbidden = self._orders.forbidden(requests)
-            for index, result in zip(wanted, sample(requests, logits, forbidden), strict=True):
+            allowed = self._orders.allowed(requests)
+            for index, result in zip(wanted, sample(requests, logits, allowed), strict=True):
                 sampled[index] = result
         return sampled
 

@@ -71,7 +71,7 @@ def shaping_line(rows: int, options: argparse.Namespace) -> str:
     slots = torch.arange(rows, dtype=torch.int32, device=options.device)
     words = -(-options.vocab // 32)
     seen = torch.randint(-(2**31), 2**31, (rows, words), device=options.device).int()
-    counts = torch.randint(0, 2, (rows, options.vocab), device=options.device).int()
+    counts = torch.randint(0, 2, (rows, options.vocab), device=options.device).short()
     ones = torch.ones(rows, device=options.device)
 
     def penalise(slot: torch.Tensor) -> float:

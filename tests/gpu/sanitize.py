@@ -273,7 +273,7 @@ def shaping_kernels() -> None:
         rates = [torch.linspace(0.7, 1.5, rows) for _ in range(3)]
         words = (vocab + 31) // 32
         seen = torch.randint(-(2**31), 2**31, (5, words)).int()
-        counts = torch.randint(-3, 3, (5, vocab)).clamp_(min=0).int()
+        counts = torch.randint(-3, 3, (5, vocab)).clamp_(min=0).short()
         logits = torch.randn(rows, vocab)
         tokens = torch.randint(0, vocab, (rows,)).int()
         entries = torch.randperm((vocab + 2) * rows)[:100]

@@ -17,7 +17,7 @@ def state(rows: int, slots: int, vocab: int) -> tuple[torch.Tensor, Penalties, t
     generator = torch.Generator().manual_seed(rows)
     words = (vocab + 31) // 32
     seen = torch.randint(-(2**31), 2**31, (slots, words), generator=generator).int()
-    counts = torch.randint(0, 40, (slots, vocab), generator=generator).sub_(36).clamp_(min=0).int()
+    counts = torch.randint(0, 40, (slots, vocab), generator=generator).sub_(36).clamp_(min=0).short()
     slot = torch.randperm(slots, generator=generator)[:rows].int()
     slot[::3] = -1
     rates = 0.5 + torch.rand(3, rows, generator=generator)
@@ -40,7 +40,7 @@ def test_penalties_are_the_references(rows: int, vocab: int) -> None:
 
 
 def test_tokens_are_counted_when_a_graph_is_replayed() -> None:
-    counts = torch.zeros(300, VOCAB, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(300, VOCAB, dtype=torch.int16, device=DEVICE)
     slot = torch.arange(256, dtype=torch.int32, device=DEVICE).flip(0)
     slot[5] = -1
     tokens = torch.arange(0, 512, 2, dtype=torch.int32, device=DEVICE)

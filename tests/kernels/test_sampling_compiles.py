@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from pd.kernels.cuts_triton import CHUNK, CUT_WARPS, FEW, SURVEY_TILE, SURVEY_WARPS, cut_pass, survey_pass
 from pd.kernels.sampling_triton import BEST_WARPS, SMALL_TILE, TILE, WARPS, best_pass, pick_pass
+from pd.kernels.shaping import MOST_COUNTED
 from pd.kernels.shaping_triton import ENTRIES, OPTIONS, bias_pass, count_pass, mask_pass, penalty_pass
 from pd.kernels.shaping_triton import TILE as SHAPING_TILE
 from tests.kernels.aot import compile_sm90
@@ -77,7 +78,7 @@ def test_the_passes_that_find_cuts_fit(dtype: str) -> None:
 INTEGERS = dict.fromkeys(("stride", "counts_stride", "vocab"), "i32:16") | dict.fromkeys(
     ("seen_stride", "mask_stride", "words", "entries"), "i32"
 )
-LISTS = dict.fromkeys(("slots", "tokens", "seen", "counts", "masks"), "*i32:16")
+LISTS = dict.fromkeys(("slots", "tokens", "seen", "masks"), "*i32:16") | {"counts": "*i16:16"}
 REALS = dict.fromkeys(("repetitions", "frequencies", "presences", "values"), "*fp32:16")
 
 
@@ -86,7 +87,8 @@ def test_the_passes_that_shape_logits_fit(kernel: Any) -> None:
     types = {"logits": "*fp32:16"} | LISTS | REALS | INTEGERS
     types["rows"] = "i32" if kernel is count_pass else "*i32:16"  # their number there, else which
     tile = {"TILE": SHAPING_TILE} if kernel in (penalty_pass, mask_pass) else {"ENTRIES": ENTRIES}
+    tile |= {"MOST": MOST_COUNTED} if kernel is count_pass else {}
     compiled = compile_sm90(kernel, types, tile, num_warps=OPTIONS["num_warps"])
     compiled.check()
     if kernel is penalty_pass:
-        assert compiled.count("LDG.E.128") == 2 * SHAPING_TILE // (4 * 128), "logits and counts"
+        assert compiled.count("LDG.E.128") == 3 * SHAPING_TILE // (8 * 128), "eight logits in two, their counts in one"

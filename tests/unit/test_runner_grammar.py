@@ -19,7 +19,7 @@ from pd.runner.grammar import Grammars
 from pd.testing import tiny_tokenizer
 from pd.types import SamplingParams
 from tests.oracle import Oracle, tiny_model
-from tests.worker_driver import Driver, Track
+from tests.worker_driver import KIND, Driver, Track
 
 EOS = 1
 PATTERN = r"[a-c]{2,6}(-[0-9]{1,3})*|é+!"
@@ -42,6 +42,14 @@ PROMPT = [*b"What is it? "]
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model whose tokens are the bytes. 1 is its end token."""
     return tiny_model(tmp_path_factory.mktemp("models"), "llama", tokenizer=True)
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both workers; the GPU's computes with its kernels' references here."""
+    token = KIND.set(request.param)
+    yield request.param
+    KIND.reset(token)
 
 
 @pytest.fixture
