@@ -38,7 +38,7 @@ def widths(multiprocessors: int) -> Mapping[tuple[bool, bool], Width]:
     """By whether the GPU is free, and whether the memory that is read is its own."""
     return {
         # All of the memory's bandwidth: programs that are short, so that none runs on when the others are done.
-        (True, True): Width(24 * multiprocessors, Form(32, 4), 256 * MIB // _TILE_BYTES),
+        (True, True): Width(48 * multiprocessors, Form(64, 8), 256 * MIB // _TILE_BYTES),
         # All of a link's, with a latency of 2 to 3 us: 1 MiB on its way would do.
         (True, False): Width(multiprocessors, Form(32, 4), 256 * MIB // _TILE_BYTES),
         # Nothing but their number bounds what programs take of the bandwidth that the step lives on.

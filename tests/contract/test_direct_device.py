@@ -17,6 +17,7 @@ from pd.testing.transfer_peer import HostMemory, pattern
 from pd.transfer.digest import digest_span
 from pd.transfer.direct import DirectBackend, DirectDescriptor
 from tests.shared_device import DeviceSide, SharedDevice, contents
+from tests.suite_kit import SHORT, in_short, run_alone
 from tests.unmappable_device import UnmappableSide
 
 KIB = 1 << 10
@@ -30,6 +31,7 @@ class Direct(TransferConformance):
     authenticates = True
 
 
+@pytest.mark.slow
 class TestDirectDevice(Direct):
     side = DeviceSide
 
@@ -38,6 +40,7 @@ class TestDirectDevice(Direct):
         assert self.here.ways() == {"device": 1}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 class TestDirectStaged(Direct):
     """No memory can be mapped."""
 
@@ -52,6 +55,17 @@ class TestDirectStaged(Direct):
 class TestDirectStagedTcp(TestDirectStaged):
     options: ClassVar = {"transfer_memory": "tcp"}
     side = DeviceSide
+
+
+WAYS = {
+    TestDirectDevice: "test_bytes_go_by_the_devices_way",
+    TestDirectStaged: "test_bytes_are_served_over_the_connection",
+}
+
+
+@in_short({kind: (*SHORT, name) for kind, name in WAYS.items()})
+def test_in_short(kind: type[Direct], name: str) -> None:
+    run_alone(kind, name)
 
 
 class End:

@@ -2,9 +2,12 @@
 
 from typing import ClassVar
 
+import pytest
+
 from pd.testing import NO_AUTHENTICATION, TransferConformance
 
 
+@pytest.mark.slow
 class TestDirectShm(TransferConformance):
     factory = "pd.transfer.plugin:make_direct"
     options: ClassVar = {"transfer_memory": "shm"}
