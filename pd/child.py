@@ -51,11 +51,19 @@ class Failure(msgspec.Struct, tag=True):
     reason: str
 
 
+class Progress(msgspec.Struct, tag=True):
+    """How far a stage of start-up is; of `total` 0 nobody knows how much there is."""
+
+    stage: str
+    done: int
+    total: int
+
+
 class Alive(msgspec.Struct, tag=True):
     """The event loop has run."""
 
 
-Report: TypeAlias = Ready | Failure | Alive
+Report: TypeAlias = Ready | Failure | Progress | Alive
 
 
 class ChildContext:
@@ -82,6 +90,10 @@ class ChildContext:
             raise RuntimeError(f"{self.name} has already reported ready")
         self._reported_ready = True
         self._report(Ready(dict(data)))
+
+    def report_progress(self, stage: str, done: int, total: int) -> None:
+        """For people who wait until this process is ready."""
+        self._report(Progress(stage, done, total))
 
     def fail(self, reason: str) -> None:
         """Tell the parent why this process ends and ask it to stop; the main returns, the exit code will be 1.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -22,6 +23,7 @@ from pd.instance import EXIT_TIMEOUT, START_TIMEOUT, check, check_text, located
 from pd.logs import configure
 from pd.plugins import load_plugins
 from pd.process import Child, ChildSpec
+from pd.screen import LineScreen, Screen, open_screen
 from pd.supervise import run_until_signalled
 
 #: Seconds before a member that died is started again: first, and at most. A life of STEADY resets it.
@@ -33,14 +35,15 @@ Ready = Callable[[str], None]
 def run(config: UpConfig) -> int:
     """The `pd up` command. Returns the exit code; raises ConfigError, ModelError, ProcessError."""
     log = config.serve.log
-    configure("up", "", log, secrets=secret_values(config))
+    screen = open_screen(log, sys.stderr)
+    configure("up", "", log, secrets=secret_values(config), stream=screen.stream)
     plugins = load_plugins()
     config = replace(config, serve=located(config.serve, plugins))
     check_text(check(config.serve, plugins), config.serve.chat.chat_template)
     server_tls(config.route.http)
     _check_port(config.route.http)
     try:
-        return run_until_signalled(lambda stop: up(config, stop, _greet))
+        return run_until_signalled(lambda stop: up(config, stop, _greet, screen))
     except ProcessError as error:
         raise error.wrong_setting() or error from error
 
@@ -70,6 +73,7 @@ class Member:
     pin: Callable[[Any, dict[str, Any]], Any]
     drain: float
     silence: float = 0.0
+    screen: Screen = field(default_factory=lambda: LineScreen(sys.stderr))
     child: Child | None = None
     addresses: dict[str, Any] | None = None
     failures: int = 0
@@ -78,8 +82,11 @@ class Member:
         """Start and wait until it is ready. Raises ProcessError."""
         log = self.config.log
         spec = ChildSpec(self.name, self.target, self.config, instance=self.name, log=log, silence=self.silence)
-        self.child = await Child.start(spec)
-        self.addresses = await self.child.ready(START_TIMEOUT)
+        try:
+            self.child = await Child.start(spec, self.screen.lines, partial(self.screen.progress, self.name))
+            self.addresses = await self.child.ready(START_TIMEOUT)
+        finally:
+            self.screen.started(self.name)
         self.config = self.pin(self.config, self.addresses)
         return self.addresses
 
@@ -100,7 +107,7 @@ def _pin_router(config: RouteConfig, addresses: dict[str, Any]) -> RouteConfig:
     return replace(config, http=replace(config.http, port=addresses["port"]))
 
 
-def members(config: UpConfig) -> list[Member]:
+def members(config: UpConfig, screen: Screen) -> list[Member]:
     """The instances, prefill first."""
     found = []
     for role, count in (("prefill", config.prefill), ("decode", config.decode), ("unified", config.unified)):
@@ -109,19 +116,19 @@ def members(config: UpConfig) -> list[Member]:
         for index in range(count):
             serve = replace(config.serve, role=role, name=f"{role}-{index}")
             drain, silence = serve.http.drain_timeout, serve.control.watchdog_timeout
-            found.append(Member(f"{role}-{index}", "pd.instance:main", serve, _pin_instance, drain, silence))
+            found.append(Member(f"{role}-{index}", "pd.instance:main", serve, _pin_instance, drain, silence, screen))
     return found
 
 
-async def up(config: UpConfig, stop: asyncio.Event, ready: Ready) -> int:
+async def up(config: UpConfig, stop: asyncio.Event, ready: Ready, screen: Screen) -> int:
     """Run the cluster until `stop` is set. Raises ProcessError when it cannot start."""
     log = structlog.get_logger()
-    instances = members(config)
+    instances = members(config, screen)
     router: Member | None = None
     try:
         if not await _start_all(instances, stop):
             return 0
-        router = _router(config, instances)
+        router = _router(config, instances, screen)
         url = (await router.start())["url"]
         log.info("cluster_ready", url=url, instances=len(instances))
         ready(url)
@@ -149,13 +156,13 @@ async def _start_all(instances: list[Member], stop: asyncio.Event) -> bool:
         starts.cancel()
 
 
-def _router(config: UpConfig, instances: list[Member]) -> Member:
+def _router(config: UpConfig, instances: list[Member], screen: Screen) -> Member:
     def urls(*roles: str) -> tuple[str, ...]:
         return tuple(m.addresses["url"] for m in instances if m.addresses and m.config.role in roles)
 
     route = replace(config.route, prefill=urls("prefill"), decode=urls("decode", "unified"))
     silence = config.serve.control.watchdog_timeout
-    return Member("router", "pd.router.service:main", route, _pin_router, route.http.drain_timeout, silence)
+    return Member("router", "pd.router.service:main", route, _pin_router, route.http.drain_timeout, silence, screen)
 
 
 async def _watch(cluster: list[Member], restart: bool, stop: asyncio.Event) -> None:

@@ -13,10 +13,12 @@ import contextlib
 import os
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +43,7 @@ from pd.process import Child, ChildSpec
 from pd.runner.config import RunnerConfig
 from pd.scheduler.core import SchedulerSettings
 from pd.scheduler.service import SchedulerProcessConfig
+from pd.screen import LineScreen, Relay, Screen, open_screen
 from pd.supervise import run_until_signalled, socket_folder
 from pd.types import ModelInfo, Role
 
@@ -55,18 +58,20 @@ Ready = Callable[[dict[str, Any]], None]
 
 def run(config: ServeConfig) -> int:
     """The `pd serve` command. Returns the exit code; raises ModelError, ConfigError, ProcessError."""
-    configure(config.role, config.name, config.log, secrets=secret_values(config))
+    screen = open_screen(config.log, sys.stderr)
+    configure(config.role, config.name, config.log, secrets=secret_values(config), stream=screen.stream)
     plugins = load_plugins()
     config = located(config, plugins)
     model = check(config, plugins)
     check_text(model, config.chat.chat_template)
     server_tls(config.http)
-    return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None))
+    return run_until_signalled(lambda stop: serve(config, model, stop, lambda _: None, screen=screen))
 
 
 async def main(config: ServeConfig, context: ChildContext) -> int:
     """Process target of `pd up`."""
-    return await serve(config, check(config, load_plugins()), context.stopping, context.report_ready)
+    model, screen = check(config, load_plugins()), Relay(sys.stderr, context.report_progress)
+    return await serve(config, model, context.stopping, context.report_ready, screen=screen)
 
 
 def located(config: ServeConfig, plugins: Plugins) -> ServeConfig:
@@ -133,11 +138,16 @@ class _Children:
 
 
 async def serve(
-    config: ServeConfig, model: ModelInfo, stop: asyncio.Event, ready: Ready, plan_type: type[Plan] | None = None
+    config: ServeConfig,
+    model: ModelInfo,
+    stop: asyncio.Event,
+    ready: Ready,
+    plan_type: type[Plan] | None = None,
+    screen: Screen | None = None,
 ) -> int:
     """Run one instance until `stop` is set. Raises ProcessError when a child dies.
 
-    `ready` gets its addresses once it takes requests.
+    `ready` gets its addresses once it takes requests. `screen` shows how it starts, and what its processes say.
     """
     log = structlog.get_logger()
     host = control_host(config)
@@ -149,10 +159,13 @@ async def serve(
     log.info("loading", model=model.name, dtype=model.dtype, role=config.role, device=config.model.device)
     async with AsyncExitStack() as resources:
         plan = (plan_type or Plan)(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
+        screen = screen or LineScreen(sys.stderr)
         try:
-            children = await _start(plan, resources, stop)
+            children = await _start(plan, resources, stop, screen)
         except ProcessError as error:
             raise error.wrong_setting() or error from error
+        finally:
+            screen.started("")
         if children is None:
             return 0
         addresses = plan.addresses
@@ -292,11 +305,11 @@ class Plan:
         return addresses
 
 
-async def _start(plan: Plan, resources: AsyncExitStack, stop: asyncio.Event) -> _Children | None:
+async def _start(plan: Plan, resources: AsyncExitStack, stop: asyncio.Event, screen: Screen) -> _Children | None:
     """Start the children; None when asked to stop meanwhile. What fails to start takes the others with it."""
 
     async def start(spec: ChildSpec) -> Child:
-        child = await Child.start(spec)
+        child = await Child.start(spec, screen.lines, partial(screen.progress, ""))
         resources.push_async_callback(child.terminate, EXIT_TIMEOUT)
         return child
 

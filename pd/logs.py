@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
@@ -26,13 +26,21 @@ class LogSettings(Protocol):
     def log_format(self) -> str: ...
 
 
+class Stream(Protocol):
+    """Where lines go: a text file, or what stands for one."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
+
+
 def configure(
     role: str,
     instance: str,
     settings: LogSettings,
     *,
     secrets: Sequence[str] = (),
-    stream: TextIO | None = None,
+    stream: Stream | None = None,
 ) -> None:
     """Set up this process's logs; every line carries `role` and, where it is not empty, `instance`.
 
@@ -57,7 +65,7 @@ def configure(
     structlog.configure(
         processors=[*shared, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
@@ -72,7 +80,7 @@ def configure(
     root.setLevel(max(level, logging.WARNING))
 
 
-def is_human(settings: LogSettings, stream: TextIO) -> bool:
+def is_human(settings: LogSettings, stream: Stream) -> bool:
     """Whether `auto` means lines for people on this stream."""
     return settings.log_format == "human" or (settings.log_format == "auto" and stream.isatty())
 

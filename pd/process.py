@@ -19,16 +19,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pd.child import Alive, Boot, ChildContext, Failure, Ready, Report, pack_frame, take_frame
+from pd.child import Alive, Boot, ChildContext, Failure, Progress, Ready, Report, pack_frame, take_frame
 from pd.config import LogConfig
 from pd.errors import ProcessError
+from pd.screen import write_lines
 
 __all__ = ["Child", "ChildContext", "ChildSpec"]
 
@@ -64,14 +65,23 @@ class Child:
     started the child, so start children from a thread that lives as long as the process.
     """
 
-    def __init__(self, spec: ChildSpec, process: subprocess.Popen[bytes], channel: socket.socket, output: int) -> None:
+    def __init__(
+        self,
+        spec: ChildSpec,
+        process: subprocess.Popen[bytes],
+        channel: socket.socket,
+        output: int,
+        show: Callable[[bytes], None],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
         self.name = spec.name
         self.pid = process.pid
         self.failure: str | None = None  # what the child gave as its reason, if it did
         self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._process = process
         self._channel = channel
-        self._output = _LineForwarder(output)
+        self._output = _LineForwarder(output, show)
+        self._progress = progress
         self._ready: dict[str, Any] | None = None
         self._ready_or_exited: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._received = bytearray()
@@ -85,14 +95,22 @@ class Child:
         self._loop.add_reader(output, self._on_output)
 
     @classmethod
-    async def start(cls, spec: ChildSpec) -> Child:
-        """Returns when the process exists and has its settings; `ready` says when it is up. Raises ProcessError."""
+    async def start(
+        cls,
+        spec: ChildSpec,
+        show: Callable[[bytes], None] = write_lines,
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> Child:
+        """Returns when the process exists and has its settings; `ready` says when it is up. Raises ProcessError.
+
+        `show` gets its output, in whole lines; `progress` what it reports of its start-up: stage, done, total.
+        """
         boot = _boot_frame(spec)
         try:
             process, channel, output = _spawn(spec)
         except OSError as error:
             raise ProcessError(spec.name, f"cannot start: {error}") from error
-        child = cls(spec, process, channel, output)
+        child = cls(spec, process, channel, output, show, progress)
         try:
             await child._send(boot)
         except BaseException:
@@ -175,6 +193,8 @@ class Child:
                     self._look_again()
             case Failure(reason):
                 self.failure = reason
+            case Progress(stage, done, total):
+                self._progress(stage, done, total)
             case Alive():
                 self._silent_looks = 0
 
@@ -214,14 +234,14 @@ class Child:
 
 
 class _LineForwarder:
-    """Copies a child's output to this process's stderr in whole lines and remembers the last one, unless it is a log
-    line: that tells what the child was doing, not why it ended.
+    """Shows a child's output in whole lines and remembers the last one, unless it is a log line: that tells what the
+    child was doing, not why it ended.
     """
 
     _LONGEST = 1 << 16
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, show: Callable[[bytes], None]) -> None:
+        self.fd, self._show = fd, show
         self.last_line = ""
         self._partial = b""
 
@@ -249,9 +269,7 @@ class _LineForwarder:
             if line.strip():
                 self.last_line = "" if line.startswith(b'{"') else line.strip().decode(errors="replace")
                 break
-        view = memoryview(text)
-        while view:
-            view = view[os.write(2, view) :]
+        self._show(text)
 
 
 def _spawn(spec: ChildSpec) -> tuple[subprocess.Popen[bytes], socket.socket, int]:

@@ -31,6 +31,11 @@ class TensorEntry:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """0 of a dtype that is not known here."""
+        return math.prod(self.shape) * _ITEMSIZE.get(self.dtype, 0)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -31,11 +31,9 @@ from pd.runner.loading import TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
 from pd.runner.warm_up import warm_sampler, warm_up
 from pd.runner.worker import Worker
+from pd.screen import GRAPHS, KERNELS, WEIGHTS, Report, Stage
 from pd.transfer.digest import DigestGeometry, digest_blocks
 from pd.types import BlockShape, ModelInfo
-
-#: Seconds between two lines of progress at start-up.
-PROGRESS_INTERVAL = 2.0
 
 #: Models with fewer bytes of weights compute faster on one thread than on several that wait for each other.
 SMALL_MODEL = 256 << 20
@@ -78,11 +76,11 @@ class Device(Protocol):
     ) -> StepWorker: ...
 
 
-def open_device(config: RunnerConfig) -> Device:
-    """Raises ConfigError when it is not there."""
+def open_device(config: RunnerConfig, report: Report = lambda stage, done, total: None) -> Device:
+    """`report` is told how far start-up is. Raises ConfigError when the device is not there."""
     there = torch.cuda.is_available()
     if config.model.device == "cpu" or (config.model.device == "auto" and not there):
-        return Cpu(config)
+        return Cpu(config, report)
     if not there:
         raise ConfigError(
             "--device", "cuda: torch finds no GPU here", "use --device cpu, or install a build of torch with CUDA"
@@ -90,13 +88,13 @@ def open_device(config: RunnerConfig) -> Device:
     index = config.model.base_gpu_id + config.rank
     if index >= torch.cuda.device_count():
         raise ConfigError("--base-gpu-id", f"GPU {index}: {torch.cuda.device_count()} are visible here")
-    return Gpu(config, index)
+    return Gpu(config, report, index)
 
 
 class Cpu:
-    def __init__(self, config: RunnerConfig) -> None:
+    def __init__(self, config: RunnerConfig, report: Report) -> None:
         self.memory = HostMemory()
-        self._config = config
+        self._config, self._report = config, report
 
     def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
         dummy = self._config.model.load_format == "dummy"
@@ -105,7 +103,7 @@ class Cpu:
             torch.set_num_threads(self._config.threads)
         elif nbytes < SMALL_MODEL:
             torch.set_num_threads(1)
-        self._model = _load(info, builders, None, log, dummy=dummy)
+        self._model = _load(info, builders, None, log, self._report, dummy=dummy)
 
     def make_pool(self, info: ModelInfo, backend: TransferBackend | None) -> KvPool:
         cache, shape = self._config.cache, block_shape(info, self._config.cache.page_size)
@@ -133,13 +131,15 @@ class Cpu:
             grammars=grammars,
             ended=ends.launched,
         )
+        stage = Stage(self._report, KERNELS, 1)
         warm_up(worker, 4)
+        stage.end()
         return worker
 
 
 class Gpu:
-    def __init__(self, config: RunnerConfig, index: int) -> None:
-        self._config, self._device = config, torch.device("cuda", index)
+    def __init__(self, config: RunnerConfig, report: Report, index: int) -> None:
+        self._config, self._report, self._device = config, report, torch.device("cuda", index)
         torch.cuda.set_device(self._device)
         self._free_before = torch.cuda.mem_get_info(self._device)[0]
         self._worker: DeviceWorker | None = None
@@ -147,7 +147,8 @@ class Gpu:
 
     def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
         model = self._config.model
-        self._model = _load(info, builders, self._device, log, dummy=model.load_format == "dummy")
+        dummy = model.load_format == "dummy"
+        self._model = _load(info, builders, self._device, log, self._report, dummy=dummy)
 
     def make_pool(self, info: ModelInfo, backend: TransferBackend | None) -> KvPool:
         cache, shape = self._config.cache, block_shape(info, self._config.cache.page_size)
@@ -169,7 +170,7 @@ class Gpu:
         self, info: ModelInfo, push: Callable[[Push], None] | None, grammars: Grammars, ends: StepEnds, log: Log
     ) -> DeviceWorker:
         config, pool = self._config, self._pool
-        started, by_torch = time.monotonic(), config.model.attention_backend == "torch"
+        by_torch = config.model.attention_backend == "torch"
         width = -(-info.context_length // pool.shape.tokens) + 1
         # As many requests as decode at once, and prompts that a released one has not left yet.
         state = DeviceState(2 * config.max_running, width, info.num_kv_heads, info.vocab_size, self._device)
@@ -186,13 +187,7 @@ class Gpu:
             by_torch=by_torch,
             spin=spins(config.model.device_wait, len(os.sched_getaffinity(0)), torch.cuda.device_count()),
         )
-        if not by_torch and info.dtype != "float32":
-            _plan_attention(info, self._device)
-        for prompt, prefix in WARM_PROMPTS:
-            if prefix + prompt < info.context_length:
-                warm_up(worker, prompt, prefix)
-        self._warm_sampler(worker.sampler, info)
-        log("kernels compiled", seconds=round(time.monotonic() - started, 2))
+        self._warm(worker, info, not by_torch and info.dtype != "float32", log)
         graphs = None
         if not config.model.disable_cuda_graph and not by_torch:
             started = time.monotonic()
@@ -204,7 +199,7 @@ class Gpu:
                     state,
                     batch=largest,
                     group=info.num_heads // info.num_kv_heads,
-                    progress=_Progress(log, "capturing graphs"),
+                    progress=Stage(self._report, GRAPHS),
                 )
             log("graphs captured", seconds=round(time.monotonic() - started, 2), largest=largest)
         worker.start(graphs, ends.launched)
@@ -214,6 +209,22 @@ class Gpu:
             watch_compilation(lambda kernel: log("kernel compiled while serving", kernel=kernel))
         self._worker = worker
         return worker
+
+    def _warm(self, worker: DeviceWorker, info: ModelInfo, plans: bool, log: Log) -> None:
+        """The first steps compile kernels. `plans`: cuDNN attends to prompts, too."""
+        started = time.monotonic()
+        prompts = [(prompt, prefix) for prompt, prefix in WARM_PROMPTS if prefix + prompt < info.context_length]
+        total = len(prompts) + plans + 1
+        stage = Stage(self._report, KERNELS, total)
+        if plans:
+            _plan_attention(info, self._device)
+            stage(1, total)
+        for done, (prompt, prefix) in enumerate(prompts, start=1 + plans):
+            warm_up(worker, prompt, prefix)
+            stage(done, total)
+        self._warm_sampler(worker.sampler, info)
+        stage(total, total)
+        log("kernels compiled", seconds=round(time.monotonic() - started, 2))
 
     @torch.inference_mode()
     def _warm_sampler(self, sampler: DeviceSampler, info: ModelInfo) -> None:
@@ -240,22 +251,20 @@ def _plan_attention(info: ModelInfo, device: torch.device) -> None:
     warm_fresh(Heads(*fused.split(counts, dim=1)), info.head_dim**-0.5, most)
 
 
-class _Progress:
-    """Logs how far something is, not more often than PROGRESS_INTERVAL."""
-
-    def __init__(self, log: Log, what: str) -> None:
-        self._log, self._what, self._reported = log, what, time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._reported > PROGRESS_INTERVAL:
-            self._reported = time.monotonic()
-            self._log(self._what, done=f"{done}/{total}")
-
-
-def _load(info: ModelInfo, builders: Mapping[str, str], device: torch.device | None, log: Log, *, dummy: bool) -> Model:
+def _load(
+    info: ModelInfo,
+    builders: Mapping[str, str],
+    device: torch.device | None,
+    log: Log,
+    report: Report,
+    *,
+    dummy: bool,
+) -> Model:
     log("loading model", model=info.name, architecture=info.architecture, dtype=info.dtype, dummy=dummy)
     started = time.monotonic()
-    model = load_model(info, builders, device=device, progress=_Progress(log, "loading model"), dummy=dummy)
+    stage = Stage(report, WEIGHTS)
+    model = load_model(info, builders, device=device, progress=stage, dummy=dummy)
+    stage.end()
     log("model loaded", seconds=round(time.monotonic() - started, 2), threads=torch.get_num_threads())
     return model
 

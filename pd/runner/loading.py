@@ -22,10 +22,13 @@ def load_model(
     progress: Callable[[int, int], None] = lambda done, total: None,
     dummy: bool = False,
 ) -> Model:
-    """Build the model that `info` describes with the builder of its architecture. Raises ModelError."""
+    """Build the model that `info` describes with the builder of its architecture. Raises ModelError.
+
+    `progress(done, total)` is told how many bytes of weights are in place; of random ones there is no total.
+    """
     builder = load_builder(info.path, builders[info.architecture])
     place, dtype, raw = device or torch.device("cpu"), TORCH_DTYPES[info.dtype], read_json(info.path, "config.json")
     if dummy:
-        return builder(raw, info, DummyWeights(dtype, place))
+        return builder(raw, info, DummyWeights(dtype, place, progress))
     with CheckpointWeights(read_checkpoint(info.path), dtype, place, progress) as weights:
         return builder(raw, info, weights)

@@ -37,6 +37,7 @@ from pd.runner.ends import StepEnds
 from pd.runner.grammar import Grammars
 from pd.runner.profiler import Profiler
 from pd.runner.transfer import HIGH_WATER, command_port, make_engine, open_backend
+from pd.screen import KV_POOL, Report, Stage
 from pd.transfer.digest import DIGEST_NAME
 from pd.transfer.engine import TransferEngine
 from pd.types import Role
@@ -112,7 +113,7 @@ def main(config: RunnerConfig, context: ChildContext) -> None:
             alarm = Alarm()
             resources.callback(alarm.close)
             plugins = load_plugins()
-            runner = build(config, plugins, sockets, alarm, resources, log.info)
+            runner = build(config, plugins, sockets, alarm, resources, log.info, context.report_progress)
             # What start-up made lives as long as the process: the collector need not walk it again and again.
             gc.collect()
             gc.freeze()
@@ -135,9 +136,10 @@ def build(
     alarm: Alarm,
     resources: ExitStack,
     log: Callable[..., None],
+    report: Report,
 ) -> Runner:
     """Everything that a runner needs before its first order. `resources` closes what this opens."""
-    device = open_device(config)
+    device = open_device(config, report)
     info = check_model(
         config.model.model,
         dtype=config.model.dtype,
@@ -152,6 +154,7 @@ def build(
     ends = StepEnds(alarm.ring)
     resources.callback(ends.close)
     device.load(info, plugins.models(), log)
+    stage = Stage(report, KV_POOL, 1)
     backend: TransferBackend | None = None
     if config.role != Role.UNIFIED.value:
         backend = open_backend(config, plugins.backends(), device.memory, log)
@@ -160,6 +163,7 @@ def build(
     if backend is not None:
         engine = make_engine(config, backend, pool.region, pool.shape, device.memory, alarm.ring)
         resources.callback(engine.close)
+    stage.end()
     log(
         "kv pool",
         blocks=pool.num_blocks,

@@ -16,7 +16,8 @@ from pd.models.checkpoint import Checkpoint
 class CheckpointWeights:
     """`pd.models.registry.Weights` over safetensors files. The tensors it gives out are the caller's own memory.
 
-    `progress(done, total)` is called after each tensor. Close it (or leave the `with`) to unmap the files.
+    `progress(done, total)`, in bytes of the files, is called after each tensor. Close it (or leave the `with`) to unmap
+    the files.
     """
 
     def __init__(
@@ -28,7 +29,8 @@ class CheckpointWeights:
     ) -> None:
         self._checkpoint, self._dtype, self._device, self._progress = checkpoint, dtype, device, progress
         self._files: dict[str, safe_open] = {}
-        self._done = 0
+        self._done, self._total = 0, sum(entry.nbytes for entry in checkpoint.tensors.values())
+        progress(0, self._total)
 
     def __enter__(self) -> CheckpointWeights:
         return self
@@ -46,8 +48,8 @@ class CheckpointWeights:
         for name, shape in zip(names, shapes, strict=True):
             whole[begin : begin + shape[0]].copy_(self._mapped(name, shape))
             begin += shape[0]
-            self._done += 1
-            self._progress(self._done, len(self._checkpoint.tensors))
+            self._done += self._checkpoint.tensors[name].nbytes
+            self._progress(self._done, self._total)
         return whole
 
     def _mapped(self, name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -67,10 +69,17 @@ class DummyWeights:
     """`pd.models.registry.Weights` that are in no file: random, of the usual size, and the same for the same names.
 
     So two instances have the same model. Norms (vectors) are about 1, everything else is normal with 0.02.
+    `progress(done, 0)`, in bytes, is called after each tensor.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._dtype, self._device, self._progress = dtype, device, progress
+        self._done = 0
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         return self.stack((name,), (shape,))
@@ -84,4 +93,6 @@ class DummyWeights:
             vector = len(shape) == 1 and name.endswith("weight")
             whole[begin : begin + shape[0]].normal_(float(vector), 0.02, generator=generator)
             begin += shape[0]
+        self._done += whole.nbytes
+        self._progress(self._done, 0)
         return whole

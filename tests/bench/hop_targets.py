@@ -32,6 +32,7 @@ from pd.scheduler import actions as ac
 from pd.scheduler import events as ev
 from pd.scheduler import service as scheduler_service
 from pd.scheduler.service import SchedulerProcessConfig
+from pd.screen import Report
 from pd.types import ModelInfo
 
 #: What is noted of each request, in order; `due` is when the device was done with it.
@@ -101,7 +102,7 @@ def runner(config: RunnerConfig, context: ChildContext) -> None:
     runner_device.DeviceWorker, runner_device.StepGraphs = _noting(notes)  # type: ignore[misc]
     if config.model.device == "cpu":
         device_worker.sample_rows = lambda logits, *_, **__: (torch.zeros(len(logits), dtype=torch.int32), None)
-        runner_service.open_device = lambda config: NoDevice(config, notes)
+        runner_service.open_device = lambda config, report: NoDevice(config, report, notes)
     runner_service.main(config, context)
 
 
@@ -189,8 +190,8 @@ class Due:
 class NoDevice(Cpu):
     """The GPU's worker over a device that computes nothing, and takes its time for that."""
 
-    def __init__(self, config: RunnerConfig, notes: Notes) -> None:
-        super().__init__(config)
+    def __init__(self, config: RunnerConfig, report: Report, notes: Notes) -> None:
+        super().__init__(config, report)
         self._notes = notes
 
     def load(self, info: ModelInfo, builders: object, log: object) -> None:
