@@ -1,6 +1,7 @@
-"""The vendors' backends: what their conformance suites add, and some of their tests by themselves.
+"""Conformance suites of many backends: what those of the vendors' add, and some tests by themselves.
 
-The whole suites are for `make test-all`.
+`make test` runs one suite whole, that of `direct` as it comes, and of every other the most telling tests. The whole
+suites are for `make test-all`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ SHORT = (
     "test_after_reset_no_reused_source_byte_reaches_a_frozen_receiver",
     "test_a_receiver_killed_in_the_middle_is_noticed_quickly",
     "test_a_dead_sender_can_be_expelled",
+)
+
+#: Those of a backend that knows single hand-offs.
+SHORT_REVOCABLE = (
+    *SHORT,
+    "test_only_what_is_granted_lands",
+    "test_after_a_revoke_nothing_of_the_hand_off_lands",
+    "test_a_frozen_sender_does_not_hold_up_revoke_or_expel",
+    "test_the_digests_of_a_landing_are_those_of_its_blocks",
 )
 
 

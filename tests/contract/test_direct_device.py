@@ -17,7 +17,7 @@ from pd.testing.transfer_peer import HostMemory, pattern
 from pd.transfer.digest import digest_span
 from pd.transfer.direct import DirectBackend, DirectDescriptor
 from tests.shared_device import DeviceSide, SharedDevice, contents
-from tests.suite_kit import SHORT, in_short, run_alone
+from tests.suite_kit import SHORT_REVOCABLE, in_short, run_alone
 from tests.unmappable_device import UnmappableSide
 
 KIB = 1 << 10
@@ -57,14 +57,19 @@ class TestDirectStagedTcp(TestDirectStaged):
     side = DeviceSide
 
 
-WAYS = {
-    TestDirectDevice: "test_bytes_go_by_the_devices_way",
-    TestDirectStaged: "test_bytes_are_served_over_the_connection",
-}
-
-
-@in_short({kind: (*SHORT, name) for kind, name in WAYS.items()})
-def test_in_short(kind: type[Direct], name: str) -> None:
+@in_short(
+    {
+        TestDirectDevice: (
+            *SHORT_REVOCABLE,
+            "test_bytes_go_by_the_devices_way",
+            "test_a_frozen_receiver_holds_up_nobody_else",
+            "test_threads_may_post_to_different_peers_at_the_same_time",
+            "test_an_idle_peer_costs_no_cpu",
+        ),
+        TestDirectStaged: (*SHORT_REVOCABLE, "test_bytes_are_served_over_the_connection"),
+    }
+)
+def test_in_short(kind: type[TransferConformance], name: str) -> None:
     run_alone(kind, name)
 
 
