@@ -13,7 +13,7 @@ DEV_PLUGINS := -e 'plugins/transfer_nixl[cpu]' -e 'plugins/transfer_mooncake[cpu
 REQUIREMENTS := pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 
 # Tests without processes or sockets of their own may run side by side: nothing in them is measured against a clock.
-ALONE := tests/unit tests/kernels
+ALONE := tests/kernels tests/unit
 
 # Tests run on small machines, several processes at a time.
 export OMP_NUM_THREADS ?= 1

@@ -91,7 +91,7 @@ class ModelConfig:
         aliases=("--model-path", "--model"),
     )
     served_model_name: str = setting("", "name in /v1/models and answers (default: the model as given)")
-    dtype: str = setting("auto", "weights and KV", choices=("auto", "float32", "float16", "bfloat16"))
+    dtype: str = setting("auto", "weights, activations and KV", choices=("auto", "float32", "float16", "bfloat16"))
     trust_remote_code: bool = setting(False, "accepted for compatibility: pd never runs code from a model directory")
     context_length: int = setting(0, "longest prompt plus output (0: the model's own)", unit="tokens", at_least=0)
     device: str = setting("auto", "cpu, cuda or auto", choices=("auto", "cpu", "cuda"))
@@ -128,6 +128,11 @@ class CacheConfig:
         "share of device memory for weights and KV pool (0: 0.88 on a GPU, 0.15 of free memory on the CPU)",
         at_least=0,
         below=1,
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "KV blocks: fp8_e4m3 halves them (also spelled fp8); auto is the type of weights and activations",
+        choices=("auto", "fp8_e4m3"),
     )
     disable_prefix_cache: bool = setting(
         False, "do not reuse KV blocks of equal prefixes", aliases=("--disable-radix-cache",)

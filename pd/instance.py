@@ -104,6 +104,7 @@ def check(config: ServeConfig, plugins: Plugins) -> ModelInfo:
     return check_model(
         config.model.model,
         dtype=config.model.dtype,
+        kv_cache_dtype=config.cache.kv_cache_dtype,
         name=config.model.served_model_name,
         context_length=config.model.context_length,
         supported=plugins.models(),
@@ -156,7 +157,14 @@ async def serve(
     config = for_device(config, has_cuda_gpu())
     if config.model.base_gpu_id and config.model.device == "cpu":
         log.warning("setting_without_effect", setting="base_gpu_id", reason="the runner computes on the CPU")
-    log.info("loading", model=model.name, dtype=model.dtype, role=config.role, device=config.model.device)
+    log.info(
+        "loading",
+        model=model.name,
+        dtype=model.dtype,
+        kv_dtype=model.cache_dtype,
+        role=config.role,
+        device=config.model.device,
+    )
     async with AsyncExitStack() as resources:
         plan = (plan_type or Plan)(config, model, name, incarnation, host, resources.enter_context(socket_folder()))
         screen = screen or LineScreen(sys.stderr)

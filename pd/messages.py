@@ -573,13 +573,17 @@ class RankInfo(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KvGroup(msgspec.Struct, frozen=True, array_like=True):
-    """A set of layers that share a block table. Dense models have one."""
+    """A set of layers that share a block table. Dense models have one.
+
+    `dtype` is that of keys and values in their blocks; `scales` a digest of what they stand for, "" if for themselves.
+    """
 
     group: int
     layers: tuple[int, int]
     block_tokens: int
     head_dim: int
     dtype: str
+    scales: str = ""
 
 
 class Hello(Message):

@@ -27,6 +27,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "a switch (1 or 0)"}
 _SPELLINGS = {
     "role": {"null": "unified"},
     "dtype": {"half": "float16", "float": "float32"},
+    "kv_cache_dtype": {"fp8": "fp8_e4m3"},
     "tool_call_parser": {"qwen": "hermes", "qwen25": "hermes", "llama3_json": "llama3"},
     "reasoning_parser": {"deepseek_r1": "deepseek-r1"},
 }

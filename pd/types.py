@@ -117,6 +117,13 @@ class ModelInfo(msgspec.Struct, frozen=True):
     dtype: str  # resolved: float32 | float16 | bfloat16
     eos_token_ids: tuple[int, ...]
     fingerprint: str  # of config and weights (sizes and headers), dtype included
+    kv_dtype: str = ""  # of the KV cache where it is not dtype: fp8_e4m3
+    kv_scales: tuple[tuple[float, float], ...] = ()  # of each layer's keys and values, if kv_dtype is; () is all 1
+
+    @property
+    def cache_dtype(self) -> str:
+        """What KV blocks hold."""
+        return self.kv_dtype or self.dtype
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

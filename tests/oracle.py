@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pd.verify.rounding import rounded_kv
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -25,6 +29,9 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+
+#: Of a layer's keys and values.
+Scales = tuple[float, float]
 
 _made: dict[str, str] = {}
 
@@ -134,12 +141,16 @@ class Generated:
 class Oracle:
     """transformers on the same directory, without KV cache: every position is computed from scratch."""
 
-    def __init__(self, path: str, *, dtype: str = "float32", device: str = "cpu") -> None:
-        self.model = _load(path, dtype, device)
+    def __init__(
+        self, path: str, *, dtype: str = "float32", device: str = "cpu", fp8_scales: Sequence[Scales] | None = None
+    ) -> None:
+        """`fp8_scales`: of each layer's keys and values, which are rounded to float8_e4m3fn times them."""
+        self.model, self._scales = _load(path, dtype, device), fp8_scales
 
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """float32 [len(tokens), vocab], on the CPU."""
-        with torch.inference_mode():
+        rounding = nullcontext() if self._scales is None else rounded_kv(self.model, self._scales)
+        with torch.inference_mode(), rounding:
             ids = torch.tensor([tokens], device=self.model.device)
             return self.model(ids, use_cache=False).logits[0].float().log_softmax(-1).cpu()
 

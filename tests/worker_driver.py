@@ -14,13 +14,14 @@ from pd.messages import Admit, CopyBlock, StepDone, StepOrder, TokenLogprobs
 from pd.models.dense import DENSE_ARCHITECTURES
 from pd.models.info import check_model
 from pd.models.registry import Model
+from pd.runner.device import block_shape
 from pd.runner.device_state import DeviceState
 from pd.runner.device_worker import DeviceWorker
 from pd.runner.graphs import StepGraphs
 from pd.runner.kv_pool import KvPool, allocate_region
-from pd.runner.loading import TORCH_DTYPES, load_model
+from pd.runner.loading import KV_DTYPES, load_model
 from pd.runner.worker import Worker
-from pd.types import BlockShape, ModelInfo, SamplingParams
+from pd.types import ModelInfo, SamplingParams
 
 BUILDERS = dict.fromkeys(DENSE_ARCHITECTURES, "pd.models.llama:build")
 GREEDY = SamplingParams(temperature=0.0, logprobs=True)
@@ -89,18 +90,19 @@ class Driver:
         page_size: int = 16,
         num_blocks: int = 256,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         device: str = "cpu",
         **worker: Any,
     ) -> None:
         """`device`: "cpu" or "cuda:N"; `worker`: options of `make_worker` and of what it makes."""
-        self.info: ModelInfo = check_model(path, dtype=dtype, tokenizer=False)
-        kind = TORCH_DTYPES[self.info.dtype]
-        self.shape = BlockShape(
-            page_size, self.info.num_kv_heads, self.info.num_layers, self.info.head_dim, kind.itemsize
-        )
+        self.info: ModelInfo = check_model(path, dtype=dtype, kv_cache_dtype=kv_cache_dtype, tokenizer=False)
+        self.shape = block_shape(self.info, page_size)
         region = allocate_region(num_blocks * self.shape.nbytes, device=device)
-        self.pool = KvPool(region, self.shape, num_blocks, kind)
-        self.pool.tensor.fill_(float("nan"))
+        self.pool = KvPool(region, self.shape, num_blocks, KV_DTYPES[self.info.cache_dtype], self.info.kv_scales)
+        if self.shape.itemsize == 1:
+            self.pool.memory.fill_(0x7F)  # float8's NaN
+        else:
+            self.pool.tensor.fill_(float("nan"))
         model = load_model(self.info, BUILDERS, device=torch.device(device))
         self.worker = make_worker(model, self.pool, self.info, **worker)
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, num_blocks)).tolist())

@@ -205,7 +205,7 @@ class Service:
 def served(config: ApiConfig) -> Served:
     model = config.model
     limits = ModelLimits(model.vocab_size, model.context_length, model.eos_token_ids, Defaults.read(model.path))
-    info = {"page_size": config.page_size, "dtype": model.dtype, **config.info}
+    info = {"page_size": config.page_size, "dtype": model.dtype, "kv_cache_dtype": model.cache_dtype, **config.info}
     return Served(model.name, model.path, config.role, limits, info, created=config.created)
 
 

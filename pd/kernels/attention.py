@@ -13,14 +13,23 @@ from pd.kernels.attention_plan import fresh_length
 
 
 class LayerKv(NamedTuple):
-    """One layer's keys and values: views [blocks, kv_heads, tokens, head_dim] of the pool. Only strides are assumed."""
+    """One layer's keys and values: views [blocks, kv_heads, tokens, head_dim] of the pool. Only strides are assumed.
+
+    In the queries' type, or in float8_e4m3fn: there an element stands for itself times the scale, and what is written
+    is divided by it, rounded to nearest even and kept within the type's largest number, 448. Scales are of one layer.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class Heads(NamedTuple):
-    """The flat batch's rotated queries [T, Hq, D] and keys, and its values [T, Hkv, D] in one layer: strided views."""
+    """The flat batch's rotated queries [T, Hq, D] and keys, and its values [T, Hkv, D] in one layer: strided views.
+
+    Keys and values are what the cache has of them, so that attention computes the same from either.
+    """
 
     q: torch.Tensor
     k: torch.Tensor

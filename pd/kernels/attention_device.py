@@ -103,6 +103,8 @@ def _padded(rows: Heads, run: Sequence[PromptRow], length: int) -> Heads:
 
 def _check(heads: Heads, kv: LayerKv, batch: DeviceBatch) -> None:
     """Raises ValueError for what the kernels cannot read."""
+    if kv.k.dtype not in (heads.q.dtype, torch.float8_e4m3fn) or kv.k.dtype != kv.v.dtype:
+        raise ValueError(f"{kv.k.dtype} keys and {kv.v.dtype} values are no cache of {heads.q.dtype}")
     if kv.k.stride() != kv.v.stride() or kv.k.stride(3) != 1:
         raise ValueError("keys and values must have the same strides, and a head's elements lie side by side")
     if any(tensor.stride(-1) != 1 for tensor in (*heads, batch.tables, batch.lengths)):

@@ -26,14 +26,16 @@ class PromptConfig:
     stages: int = 5
 
 
-def prompt_config(dtype: torch.dtype, head_dim: int) -> PromptConfig:
-    """What spills no registers on a Hopper and fits its shared memory.
+def prompt_config(dtype: torch.dtype, head_dim: int, fp8: bool = False) -> PromptConfig:
+    """For queries of `dtype`; `fp8`: the cache has one byte an element.
+
+    What spills no registers on a Hopper and fits its shared memory.
 
     Keys and values wait for the table's entries, which five stages read two steps before these and four before use.
     """
     if dtype == torch.float32:
         return PromptConfig(rows=32, step=16, warps=4, stages=1)
-    return PromptConfig() if head_dim <= 128 else PromptConfig(step=32, stages=3)
+    return PromptConfig() if head_dim <= 128 else PromptConfig(step=16 if fp8 else 32, stages=3)
 
 
 @triton.jit
@@ -60,7 +62,8 @@ def attend(
 ):
     """Adds the keys from `begin` to `end` to the running softmax (highest score, sum, sum of values).
 
-    Unless MASKED all queries see all of them; otherwise some may have seen none so far.
+    Unless MASKED all queries see all of them; otherwise some may have seen none so far. One-byte keys and values are
+    multiplied as float16, see `decode_part`.
     """
     for first in range(begin, end, STEP):
         keys = first + tl.arange(0, STEP)
@@ -70,7 +73,7 @@ def attend(
             real = None
         ids = kv_blocks(table, keys, real, PAGE)
         tile = kv_tile(k, ids, keys, real, block_stride, token_stride, PAGE, DIM)
-        scores = tl.dot(queries, tl.trans(tile), input_precision=PRECISION)
+        scores = tl.dot(queries, tl.trans(tile.to(queries.dtype)), input_precision=PRECISION)
         if MASKED:
             seen = keys[None, :] <= positions[:, None]
             if WINDOW:
@@ -84,6 +87,7 @@ def attend(
         faded = tl.exp2(highest - base)
         total = total * faded + tl.sum(weights, 1)
         tile = kv_tile(v, ids, keys, real, block_stride, token_stride, PAGE, DIM)
+        tile = tile.to(queries.dtype)
         mixed = tl.dot(weights.to(tile.dtype), tile, mixed * faded[:, None], input_precision=PRECISION)
         highest = higher
     return highest, total, mixed
@@ -139,6 +143,7 @@ def prompt_tile(
     table_stride,
     decode,
     scale,
+    v_scale,
     least,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -170,6 +175,10 @@ def prompt_tile(
     flat = (start + tokens).to(tl.int64)
     heads = kv_head * GROUP + rows % GROUP
     queries = tl.load(q + (flat * q_row + heads * q_head)[:, None] + dims[None, :], mask=real, other=0.0)
+    if k.dtype.element_ty == tl.float8e4nv:
+        KIND: tl.constexpr = tl.float32 if PRECISION == "ieee" else tl.float16
+        queries = (queries.to(tl.float32) * scale).to(KIND)
+        scale = 1.0
     table = tables + (decode + prompt).to(tl.int64) * table_stride
     k += kv_head.to(tl.int64) * head_stride
     v += kv_head.to(tl.int64) * head_stride
@@ -192,6 +201,8 @@ def prompt_tile(
     )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)  # of a query that sees none of the keys; its highest score is -inf
     mean = mixed / total[:, None]
+    if k.dtype.element_ty == tl.float8e4nv:
+        mean *= v_scale
     if parts <= 1:
         places = (flat * tl.num_programs(1) * GROUP + heads) * DIM
         tl.store(out + places[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=real)
@@ -271,7 +282,7 @@ def prompt_attention(
     if not len(tiles):
         return
     _, kv_heads, page, head_dim = kv.k.shape
-    config = config or prompt_config(q.dtype, head_dim)
+    config = config or prompt_config(q.dtype, head_dim, kv.k.itemsize == 1)
     group = q.shape[1] // kv_heads
     tile = tile_tokens(group)
     programs = len(tiles) * triton.cdiv(tile, config.rows // group)
@@ -296,7 +307,8 @@ def prompt_attention(
     with torch.cuda.device_of(q):
         prompt_tile[(programs, kv_heads, split.parts)](
             q,
-            *kv,
+            kv.k,
+            kv.v,
             out,
             partial,
             scales,
@@ -306,7 +318,8 @@ def prompt_attention(
             *kv.k.stride()[:3],
             batch.tables.stride(0),
             batch.decode,
-            scale * LOG2_E,
+            scale * kv.k_scale * LOG2_E,
+            kv.v_scale,
             least,
             PAGE=page,
             PRECISION=precision(q.dtype),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from pd.kernels.attention import DeviceBatch, LayerKv
 from pd.kernels.attention_plan import Split, decode_split
+from pd.kernels.fp8_triton import first_of_pairs, second_of_pairs
 
 #: Parts that are combined at a time.
 CHUNK = 8
@@ -28,14 +29,16 @@ class DecodeConfig:
     stages: int = 3
 
 
-def decode_config(dtype: torch.dtype, head_dim: int) -> DecodeConfig:
-    """What leaves a Hopper room for five programs on a multiprocessor, or spills no registers where that is too much.
+def decode_config(dtype: torch.dtype, head_dim: int, fp8: bool = False) -> DecodeConfig:
+    """For queries of `dtype`; `fp8`: the cache has one byte an element.
+
+    What leaves a Hopper room for five programs on a multiprocessor, or spills no registers where that is too much.
 
     The two loads of a step depend on the table's, so three stages are one step's keys and values ahead, in one buffer
     each: programs beside each other hide what latency is left.
     """
     if dtype == torch.float32:
-        return DecodeConfig(step=16, stages=2)
+        return DecodeConfig(step=16, warps=8, stages=1) if fp8 else DecodeConfig(step=16, stages=2)
     return DecodeConfig() if head_dim <= 128 else DecodeConfig(step=32)
 
 
@@ -148,6 +151,7 @@ def decode_part(
     token_stride,
     table_stride,
     scale,
+    v_scale,
     least,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -164,7 +168,15 @@ def decode_part(
     to partial float32 [rows, kv heads, splits, GROUP, DIM] and log2 of its sum of exponentials to scales, without DIM.
     With arrivals int32[rows, kv heads], which is zero before and afterwards, the last part to come combines them all.
     `scale` is multiplied by log2(e).
+
+    One-byte keys and values are multiplied as float16, which holds them exactly and in one instruction for two;
+    queries are scaled before, so that they do not leave its range. The matrix unit's values have two tokens of one
+    dimension in a register: 16-bit words are turned so on their way out of shared memory, bytes one by one. So values
+    are read as words of two dimensions, and those are multiplied one after the other. `v_scale` is theirs; `scale`
+    has the keys' in it.
     """
+    EIGHT: tl.constexpr = k.dtype.element_ty == tl.float8e4nv
+    KIND: tl.constexpr = tl.float32 if PRECISION == "ieee" else tl.float16
     HEADS: tl.constexpr = max(16, triton.next_power_of_2(GROUP))
     WIDTH: tl.constexpr = triton.next_power_of_2(DIM)
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -182,7 +194,13 @@ def decode_part(
     v += kv_head.to(tl.int64) * head_stride
     highest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    mixed = tl.zeros([HEADS, WIDTH], tl.float32)
+    if EIGHT:
+        queries = (queries.to(tl.float32) * scale).to(KIND)
+        pairs = v.to(tl.pointer_type(tl.int16), bitcast=True)
+        mixed = tl.zeros([HEADS, WIDTH // 2], tl.float32)
+        others = tl.zeros([HEADS, WIDTH // 2], tl.float32)
+    else:
+        mixed = tl.zeros([HEADS, WIDTH], tl.float32)
     for step in range(begin, end):
         tokens = step * STEP + tl.arange(0, STEP)
         seen = tokens < length
@@ -190,15 +208,27 @@ def decode_part(
             seen &= tokens >= low
         ids = kv_blocks(table, tokens, seen, PAGE)
         keys = kv_tile(k, ids, tokens, seen, block_stride, token_stride, PAGE, DIM)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if EIGHT:
+            scores = tl.dot(queries, tl.trans(keys.to(KIND)), input_precision=PRECISION)
+        else:
+            scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))  # finite: every step has a token that is seen
         weights = tl.exp2(scores - higher[:, None])
         faded = tl.exp2(highest - higher)
         total = total * faded + tl.sum(weights, 1)
-        values = kv_tile(v, ids, tokens, seen, block_stride, token_stride, PAGE, DIM)
-        mixed = tl.dot(weights.to(values.dtype), values, mixed * faded[:, None], input_precision=PRECISION)
+        if EIGHT:
+            weights = weights.to(KIND)
+            words = kv_tile(pairs, ids, tokens, seen, block_stride // 2, token_stride // 2, PAGE, DIM // 2)
+            first, second = first_of_pairs(words, KIND), second_of_pairs(words, KIND)
+            mixed = tl.dot(weights, first, mixed * faded[:, None], input_precision=PRECISION)
+            others = tl.dot(weights, second, others * faded[:, None], input_precision=PRECISION)
+        else:
+            values = kv_tile(v, ids, tokens, seen, block_stride, token_stride, PAGE, DIM)
+            mixed = tl.dot(weights.to(values.dtype), values, mixed * faded[:, None], input_precision=PRECISION)
         highest = higher
+    if EIGHT:
+        mixed = tl.interleave(mixed, others) * v_scale
     mean = mixed / tl.where(total > 0, total, 1.0)[:, None]
     place = row.to(tl.int64) * tl.num_programs(1) + kv_head
     inner = members[:, None] * DIM + dims[None, :]
@@ -266,7 +296,7 @@ def decode_attention(
     rows, (_, kv_heads, page, head_dim) = batch.decode, kv.k.shape
     if not rows:
         return
-    config = config or decode_config(q.dtype, head_dim)
+    config = config or decode_config(q.dtype, head_dim, kv.k.itemsize == 1)
     split = split or decode_split(rows, kv_heads, processors(q.device))
     partial = scales = arrivals = None
     if split.parts > 1:
@@ -285,7 +315,8 @@ def decode_attention(
     with torch.cuda.device_of(q):
         decode_part[(rows, kv_heads, split.parts)](
             q,
-            *kv,
+            kv.k,
+            kv.v,
             out,
             partial,
             scales,
@@ -295,7 +326,8 @@ def decode_attention(
             *q.stride()[:2],
             *kv.k.stride()[:3],
             batch.tables.stride(0),
-            scale * LOG2_E,
+            scale * kv.k_scale * LOG2_E,
+            kv.v_scale,
             least,
             PAGE=page,
             PRECISION=precision(q.dtype),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pd.kernels.spans import I64
     from pd.kernels.step_rows import SlotState, StepRows
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
 #: Most float32 scores that one tile of prompt attention materialises: 4 MiB stay in the cache (measured: twice as fast
 #: as one tile of 32 MiB, and as fast as torch's fused attention).
 _SCORES_PER_TILE = 1 << 20
@@ -72,9 +75,27 @@ def rope_write_kv(
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
     q, k = rotated[:, :-kv_heads], rotated[:, -kv_heads:]
-    kv.k[batch.blocks, :, batch.offsets] = k
-    kv.v[batch.blocks, :, batch.offsets] = v
-    return q, k, v
+    return q, _write(kv.k, k, batch, kv.k_scale), _write(kv.v, v, batch, kv.v_scale)
+
+
+def _write(cache: torch.Tensor, heads: torch.Tensor, batch: AttentionBatch | DeviceBatch, scale: float) -> torch.Tensor:
+    """Store heads [T, H, D] at the tokens' slots; returns what the cache has of them, in their own type."""
+    if cache.dtype != FP8:
+        cache[batch.blocks, :, batch.offsets] = heads
+        return heads
+    stored = to_fp8(heads.float() * (1 / scale))
+    as_bytes(cache)[batch.blocks, :, batch.offsets] = as_bytes(stored)
+    return (stored.float() * scale).to(heads.dtype)
+
+
+def to_fp8(values: torch.Tensor) -> torch.Tensor:
+    """To nearest even; what is larger than 448 becomes 448, NaN remains. torch's own cast differs there by version."""
+    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def as_bytes(values: torch.Tensor) -> torch.Tensor:
+    """A view in a type that torch can index, copy and compare on every device."""
+    return values.view(torch.uint8) if values.dtype == FP8 else values
 
 
 def paged_attention(q: torch.Tensor, kv: LayerKv, batch: AttentionBatch, scale: float, window: int) -> torch.Tensor:
@@ -100,6 +121,12 @@ def paged_attention_device(heads: Heads, kv: LayerKv, batch: DeviceBatch, scale:
     return out.flatten(1)
 
 
+def _read(cache: torch.Tensor, tables: torch.Tensor, scale: float) -> torch.Tensor:
+    """cache [N, H, T, D], tables [B, n] -> what is there, float32 [B, H, n * T, D]."""
+    values = _gather(cache, tables).float()
+    return values if scale == 1 else values * scale
+
+
 def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """cache [N, H, T, D], tables [B, n] -> contiguous [B, H, n * T, D].
 
@@ -109,18 +136,19 @@ def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     heads, tokens, head_dim = cache.shape[1:]
     run = tokens * head_dim
     stride = cache.stride(1)
+    kind, cache = cache.dtype, as_bytes(cache)
     if cache.stride()[2:] != (head_dim, 1) or cache.stride(0) != heads * stride or stride % run:
-        return cache[tables].transpose(1, 2).flatten(2, 3)
+        return cache[tables].transpose(1, 2).flatten(2, 3).view(kind)
     step = stride // run
     rows = cache.as_strided(((cache.shape[0] * heads - 1) * step + 1, run), (run, 1))
     index = (tables[:, None, :] * heads + torch.arange(heads, device=tables.device)[None, :, None]) * step
-    return rows.index_select(0, index.flatten()).view(tables.shape[0], heads, -1, head_dim)
+    return rows.index_select(0, index.flatten()).view(kind).view(tables.shape[0], heads, -1, head_dim)
 
 
 def _decode(q: torch.Tensor, kv: LayerKv, group: DecodeGroup, scale: float, window: int) -> torch.Tensor:
     """q [B, Hq, D] -> float32 [B, Hq, D]."""
     tables, first = _in_window(group, kv.k.shape[2], window)
-    k, v = _gather(kv.k, tables).float(), _gather(kv.v, tables).float()
+    k, v = _read(kv.k, tables, kv.k_scale), _read(kv.v, tables, kv.v_scale)
     rows, kv_heads, length, head_dim = k.shape
     grouped = (q.float() * scale).reshape(rows, kv_heads, -1, head_dim)
     positions = first[:, None] + torch.arange(length, device=q.device)
@@ -156,8 +184,8 @@ def _prompt(
     skipped = max(0, before + 1 - window) // block_tokens if window else 0  # blocks that no query sees
     base = skipped * block_tokens
     tables = table[None, skipped:]
-    k = _gather(kv.k, tables)[0, :, : context - base].float()
-    v = _gather(kv.v, tables)[0, :, : context - base].float()
+    k = _read(kv.k, tables, kv.k_scale)[0, :, : context - base]
+    v = _read(kv.v, tables, kv.v_scale)[0, :, : context - base]
     kv_heads, _, head_dim = k.shape
     tile = max(1, _SCORES_PER_TILE // (heads * (context - base)))
     for begin in range(0, count, tile):

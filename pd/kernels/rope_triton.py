@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pd.kernels.fp8_triton import to_fp8
 from pd.kernels.launch import launch_options
 
 if TYPE_CHECKING:
@@ -38,21 +39,35 @@ def rope_tables_kernel(
 
 
 @triton.jit
-def _store(cache, slot, heads, lanes, head_stride, dim_stride, first, second, seen, PAIRS: tl.constexpr):
+def _store(
+    cache, slot, heads, lanes, head_stride, dim_stride, first, second, seen, scale, inverse, PAIRS: tl.constexpr
+):
+    """Stores both halves, a one-byte cache's times `inverse`; returns what the cache has of them, in their type."""
     places = cache + slot + heads.to(tl.int64)[:, None] * head_stride + lanes[None, :] * dim_stride
-    tl.store(places, first.to(cache.dtype.element_ty), mask=seen)
-    tl.store(places + PAIRS * dim_stride, second.to(cache.dtype.element_ty), mask=seen)
+    if cache.dtype.element_ty == tl.float8e4nv:
+        low = to_fp8(first.to(tl.float32) * inverse)
+        high = to_fp8(second.to(tl.float32) * inverse)
+        tl.store(places, low, mask=seen)
+        tl.store(places + PAIRS * dim_stride, high, mask=seen)
+        first = (low.to(tl.float32) * scale).to(first.dtype)
+        second = (high.to(tl.float32) * scale).to(second.dtype)
+    else:
+        tl.store(places, first.to(cache.dtype.element_ty), mask=seen)
+        tl.store(places + PAIRS * dim_stride, second.to(cache.dtype.element_ty), mask=seen)
+    return first, second
 
 
 @triton.jit(do_not_specialize_on_alignment=["blocks", "offsets"])
 def rope_write_kernel(
     qkv, scale, cos, sin, q_gain, k_gain, eps, blocks, offsets, k_cache, v_cache, stride,
+    k_scale, k_inverse, v_scale, v_inverse,
     k_block, k_head, k_token, k_dim, v_block, v_head, v_token, v_dim,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv [T, (Q_HEADS + 2 KV_HEADS) * 2 PAIRS], its rows `stride` apart; cos, sin [T, PAIRS], contiguous. Rows
-    are first multiplied by scale float32[T], unless it is None.
+    are first multiplied by scale float32[T], unless it is None. `k_scale` and `v_scale`, and their inverses, are those
+    of one-byte caches; what such a cache has of keys and values replaces them in qkv.
 
     The programs of a token take HEADS heads each: of queries, then of keys, then of values. A program alone reads and
     writes its heads, and a thread holds both elements of a pair, so that rotation in place disturbs nobody.
@@ -91,8 +106,10 @@ def rope_write_kernel(
     offset = tl.load(offsets + token).to(tl.int64)
     if is_v:
         slot = block * v_block + offset * v_token
-        _store(v_cache, slot, heads, lanes, v_head, v_dim, first, second, seen, PAIRS)
-        if scale is not None:
+        first, second = _store(
+            v_cache, slot, heads, lanes, v_head, v_dim, first, second, seen, v_scale, v_inverse, PAIRS
+        )
+        if (scale is not None) or (v_cache.dtype.element_ty == tl.float8e4nv):
             tl.store(places, first, mask=seen)
             tl.store(places + PAIRS, second, mask=seen)
     else:
@@ -107,11 +124,13 @@ def rope_write_kernel(
             b = (second_gain * (b * unit).to(kind).to(tl.float32)).to(kind).to(tl.float32)
         first = (a * c - b * s).to(kind)
         second = (b * c + a * s).to(kind)
-        tl.store(places, first, mask=seen)
-        tl.store(places + PAIRS, second, mask=seen)
         if not is_q:
             slot = block * k_block + offset * k_token
-            _store(k_cache, slot, heads, lanes, k_head, k_dim, first, second, seen, PAIRS)
+            first, second = _store(
+                k_cache, slot, heads, lanes, k_head, k_dim, first, second, seen, k_scale, k_inverse, PAIRS
+            )
+        tl.store(places, first, mask=seen)
+        tl.store(places + PAIRS, second, mask=seen)
 
 
 def run_rope_tables(
@@ -155,6 +174,7 @@ def run_rope_write(
     with torch.cuda.device_of(qkv):
         rope_write_kernel[(tokens, parts)](
             qkv, scale, cos, sin, *gains, batch.blocks, batch.offsets, kv.k, kv.v, qkv.stride(0),
+            kv.k_scale, 1 / kv.k_scale, kv.v_scale, 1 / kv.v_scale,
             *kv.k.stride(), *kv.v.stride(), **shape, **launch_options(warps, pdl=pdl),
         )  # fmt: skip
     whole = qkv.unflatten(1, (-1, head_dim))
@@ -180,8 +200,8 @@ def _check(
     kv_heads, head_dim = kv.k.shape[1], kv.k.shape[3]
     if head_dim % 2 or width % head_dim or width <= 2 * kv_heads * head_dim or qkv.stride(1) != 1:
         raise ValueError(f"qkv is [T, (Hq + 2 * {kv_heads}) * {head_dim}] with contiguous rows")
-    if kv.v.shape != kv.k.shape:
-        raise ValueError("the caches of keys and values have the same shape")
+    if kv.v.shape != kv.k.shape or kv.v.dtype != kv.k.dtype:
+        raise ValueError("the caches of keys and values have the same shape and type")
     for table in (cos, sin):
         if table.shape != (tokens, head_dim // 2) or not table.is_contiguous():
             raise ValueError(f"cos and sin are contiguous, [{tokens}, {head_dim // 2}]")

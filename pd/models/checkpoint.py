@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from pd.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
+_FORMATS = {"F64": "d", "F32": "f", "F16": "e"}
 _ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "U16": 2, "U32": 4, "U64": 8, "BOOL": 1,
@@ -25,11 +27,13 @@ _ITEMSIZE = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: which file holds it, its safetensors dtype ("F32", …) and its shape."""
+    """One tensor of a checkpoint: its file, safetensors dtype ("F32", …), shape and place in the file."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +87,24 @@ def read_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, tensors, files)
 
 
+def read_number(checkpoint: Checkpoint, name: str) -> float:
+    """A tensor of a single number. Raises ModelError for any other."""
+    entry = checkpoint.tensors[name]
+    if math.prod(entry.shape) != 1:
+        raise ModelError(checkpoint.path, f"tensor {name!r} has shape {entry.shape} where one number is needed")
+    with open(os.path.join(checkpoint.path, entry.file), "rb") as file:
+        file.seek(entry.begin)
+        data = file.read(entry.end - entry.begin)
+    if entry.dtype == "BF16":
+        data, kind = b"\0\0" + data, "f"
+    elif entry.dtype in _FORMATS:
+        kind = _FORMATS[entry.dtype]
+    else:
+        raise ModelError(checkpoint.path, f"tensor {name!r} has dtype {entry.dtype}, which is not supported")
+    (number,) = struct.unpack("<" + kind, data)
+    return float(number)
+
+
 def shards(path: str) -> list[str]:
     """The files that the index names. Raises ModelError."""
     return sorted(set(_weight_map(path).values()))
@@ -134,4 +156,5 @@ def _entries(path: str, name: str, header: bytes, size: int) -> Iterator[tuple[s
             raise ModelError(path, f"{name} is cut off: {tensor!r} ends at byte {end} of {room}")
         if expected and end - begin != expected:
             raise ModelError(path, f"{name}: {tensor!r} has {end - begin} bytes where its shape needs {expected}")
-        yield tensor, TensorEntry(name, entry.dtype, tuple(entry.shape))
+        start = 8 + len(header)
+        yield tensor, TensorEntry(name, entry.dtype, tuple(entry.shape), start + begin, start + end)

@@ -16,6 +16,7 @@ import msgspec
 from pd.errors import ModelError
 from pd.models.checkpoint import Checkpoint, read_checkpoint, read_json
 from pd.models.dense import DENSE_ARCHITECTURES, DenseConfig, count, dense_config, expected_tensors, ignorable
+from pd.models.kv_cache import is_kv_scale, kv_cache
 from pd.types import ModelInfo
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -30,6 +31,7 @@ def check_model(
     path: str,
     *,
     dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
     name: str = "",
     context_length: int = 0,
     supported: Collection[str] = DENSE_ARCHITECTURES,
@@ -38,9 +40,10 @@ def check_model(
 ) -> ModelInfo:
     """Read and check a model directory.
 
-    `dtype` auto keeps the checkpoint's own (float16 and bfloat16 too). `context_length` 0 means the model's own; a
-    longer one is an error. `supported` names the architectures that have a builder. `tokenizer` asks for
-    tokenizer.json as well, `dummy` for no weights. Raises ModelError for anything that would make serving fail later.
+    `dtype` auto keeps the checkpoint's own (float16 and bfloat16 too), `kv_cache_dtype` auto is the same type.
+    `context_length` 0 means the model's own; a longer one is an error. `supported` names the architectures that have a
+    builder. `tokenizer` asks for tokenizer.json as well, `dummy` for no weights. Raises ModelError, or ConfigError, for
+    anything that would make serving fail later.
     """
     if not os.path.isdir(path):
         raise ModelError(path, "no such directory, and no hub id either (ORG/NAME)")
@@ -54,6 +57,7 @@ def check_model(
     if context_length > shape.context_length:
         raise ModelError(path, f"--context-length {context_length} exceeds the model's {shape.context_length}")
     resolved = resolve_dtype(path, dtype, raw, checkpoint)
+    kv_dtype, kv_scales = kv_cache(checkpoint, kv_cache_dtype, layers=shape.num_layers, head_dim=shape.head_dim)
     return ModelInfo(
         name=name or path,
         path=path,
@@ -68,6 +72,8 @@ def check_model(
         dtype=resolved,
         eos_token_ids=eos_token_ids(path, raw),
         fingerprint=fingerprint(raw, checkpoint, resolved),
+        kv_dtype=kv_dtype,
+        kv_scales=kv_scales,
     )
 
 
@@ -113,7 +119,7 @@ def check_tensors(checkpoint: Checkpoint, config: DenseConfig) -> None:
     for name, entry in checkpoint.tensors.items():
         shape = expected.get(name)
         if shape is None:
-            if ignorable(name, config):
+            if ignorable(name, config) or is_kv_scale(name):
                 continue
             raise ModelError(checkpoint.path, f"tensor {name!r} is not part of {config.architecture}")
         if entry.shape != shape:

@@ -27,7 +27,7 @@ from pd.runner.ends import StepEnds
 from pd.runner.grammar import Grammars
 from pd.runner.graphs import StepGraphs
 from pd.runner.kv_pool import KvPool, allocate_region, count_blocks, count_device_blocks, free_memory
-from pd.runner.loading import TORCH_DTYPES, load_model
+from pd.runner.loading import KV_DTYPES, TORCH_DTYPES, load_model
 from pd.runner.memory import HostMemory
 from pd.runner.warm_up import warm_sampler, warm_up
 from pd.runner.worker import Worker
@@ -43,6 +43,9 @@ WARM_PROMPTS = ((4, 0), (32, 2048), (1120, 0), (8192, 0))
 
 #: Rows of the first samples: few go another way than many.
 WARM_ROWS = (1, 32)
+
+#: Of the first GPUs whose instructions convert FP8.
+FP8_CAPABILITY = (8, 9)
 
 #: Tokens of a prompt that one step may take, by default.
 LONGEST_STEP = STEP_TOKENS["cuda"][0]
@@ -114,7 +117,7 @@ class Cpu:
             free_bytes=free_memory(),
         )
         region = allocate_region(blocks * shape.nbytes, backend.allocate if backend is not None else None)
-        self._pool = KvPool(region, shape, blocks, TORCH_DTYPES[info.dtype])
+        self._pool = KvPool(region, shape, blocks, KV_DTYPES[info.cache_dtype], info.kv_scales)
         return self._pool
 
     def make_worker(
@@ -147,6 +150,8 @@ class Gpu:
 
     def load(self, info: ModelInfo, builders: Mapping[str, str], log: Log) -> None:
         model = self._config.model
+        if info.kv_dtype and torch.cuda.get_device_capability(self._device) < FP8_CAPABILITY:
+            raise ConfigError("--kv-cache-dtype", f"{info.kv_dtype} needs an NVIDIA GPU with FP8: Ada, Hopper or later")
         dummy = model.load_format == "dummy"
         self._model = _load(info, builders, self._device, log, self._report, dummy=dummy)
 
@@ -163,7 +168,7 @@ class Gpu:
         )
         supply = backend.allocate if backend is not None else None
         region = allocate_region(blocks * shape.nbytes, supply, str(self._device))
-        self._pool = KvPool(region, shape, blocks, TORCH_DTYPES[info.dtype])
+        self._pool = KvPool(region, shape, blocks, KV_DTYPES[info.cache_dtype], info.kv_scales)
         return self._pool
 
     def make_worker(
@@ -270,7 +275,8 @@ def _load(
 
 
 def block_shape(info: ModelInfo, page_size: int) -> BlockShape:
-    return BlockShape(page_size, info.num_kv_heads, info.num_layers, info.head_dim, TORCH_DTYPES[info.dtype].itemsize)
+    itemsize = KV_DTYPES[info.cache_dtype].itemsize
+    return BlockShape(page_size, info.num_kv_heads, info.num_layers, info.head_dim, itemsize)
 
 
 def mib(nbytes: int) -> float:

@@ -106,8 +106,16 @@ def allocate_region(
 class KvPool:
     """Tensor views over a region that the caller keeps registered for as long as the pool lives."""
 
-    def __init__(self, region: Region, shape: BlockShape, num_blocks: int, dtype: torch.dtype) -> None:
-        assert dtype.itemsize == shape.itemsize
+    def __init__(
+        self,
+        region: Region,
+        shape: BlockShape,
+        num_blocks: int,
+        dtype: torch.dtype,
+        scales: Sequence[tuple[float, float]] = (),
+    ) -> None:
+        """`scales`: of each layer's keys and values, where `dtype` is of one byte; none means 1."""
+        assert dtype.itemsize == shape.itemsize and len(scales) in (0, shape.layers)
         self.region, self.shape, self.num_blocks = region, shape, num_blocks
         memory = device_bytes(region) if region.buffer is None else torch.frombuffer(region.buffer, dtype=torch.uint8)
         #: uint8, where it is
@@ -116,8 +124,10 @@ class KvPool:
         #: [block, kv_head, layer, k|v, token, head_dim]
         self.tensor = raw.view(num_blocks, shape.kv_heads, shape.layers, 2, shape.tokens, shape.head_dim)
         self.layers: Sequence[LayerKv] = [
-            LayerKv(self.tensor[:, :, layer, 0], self.tensor[:, :, layer, 1]) for layer in range(shape.layers)
+            LayerKv(self.tensor[:, :, layer, 0], self.tensor[:, :, layer, 1], *(scales[layer] if scales else ()))
+            for layer in range(shape.layers)
         ]
+        self._bytes = self.memory.view(*self.tensor.shape[:-1], -1)
 
     @property
     def bytes(self) -> memoryview:
@@ -127,4 +137,4 @@ class KvPool:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of every head and layer of one block into another."""
-        self.tensor[target, ..., :tokens, :] = self.tensor[source, ..., :tokens, :]
+        self._bytes[target, ..., :tokens, :] = self._bytes[source, ..., :tokens, :]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pd.models.checkpoint import read_checkpoint, read_json
+from pd.models.kv_cache import FP8_E4M3
 from pd.models.registry import Model, load_builder
 from pd.runner.weights import CheckpointWeights, DummyWeights
 from pd.types import ModelInfo
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_DTYPES = TORCH_DTYPES | {FP8_E4M3: torch.float8_e4m3fn}
 
 
 def load_model(

@@ -143,6 +143,7 @@ def build(
     info = check_model(
         config.model.model,
         dtype=config.model.dtype,
+        kv_cache_dtype=config.cache.kv_cache_dtype,
         name=config.model.served_model_name,
         context_length=config.model.context_length,
         supported=plugins.models(),

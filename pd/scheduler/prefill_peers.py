@@ -9,8 +9,10 @@ flight when a session ends go on, and only their own reports or a reset end them
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from pd import messages as m
 from pd.scheduler.actions import Action, CloseSession, Log, RefusePeer, SendPeer, Transfer, WelcomePeer
@@ -119,7 +121,9 @@ class PrefillPeers:
             ("digest", hello.digest, me.digest),
             ("transfer", hello.transfer, me.transfer),
             ("lanes", hello.lanes, me.lanes),
-            ("groups", list(hello.groups), list(me.groups)),
+            ("groups", _shapes(hello.groups), _shapes(me.groups)),
+            ("kv_cache_dtype", [group.dtype for group in hello.groups], [group.dtype for group in me.groups]),
+            ("kv_scales", [group.scales for group in hello.groups], [group.scales for group in me.groups]),
         ):
             if theirs != ours:
                 return name, f"decode has {theirs!r}, prefill has {ours!r}"
@@ -289,3 +293,8 @@ class PrefillPeers:
             else:
                 self._beat_if_stale(now, session)
         return over
+
+
+def _shapes(groups: Sequence[m.KvGroup]) -> list[m.KvGroup]:
+    """Without what has a name of its own among the fields that are compared."""
+    return [msgspec.structs.replace(group, dtype="", scales="") for group in groups]

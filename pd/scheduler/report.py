@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections.abc import Sequence
+
 from pd.messages import InstanceInfo, KvGroup, RankInfo, Rejected, RunnerReady, Unwelcome
 from pd.scheduler.actions import RefusePeer, Reply
 from pd.scheduler.blocks import STATES
@@ -34,7 +38,8 @@ ENDING = frozenset(
 def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
     settings, model = core.settings, ready.model
     rank = RankInfo(0, ready.rank, ready.layers, ready.kv_heads, ready.identity, ready.descriptor)
-    group = KvGroup(0, ready.layers, core.page_size, model.head_dim, model.dtype)
+    scales = _digest(model.kv_scales)
+    group = KvGroup(0, ready.layers, core.page_size, model.head_dim, model.cache_dtype, scales)
     return LocalIdentity(
         instance=settings.instance,
         incarnation=settings.incarnation,
@@ -49,6 +54,14 @@ def local_identity(core: Core, ready: RunnerReady) -> LocalIdentity:
         http=settings.http,
         vocab_size=model.vocab_size,
     )
+
+
+def _digest(scales: Sequence[tuple[float, float]]) -> str:
+    """Peers whose scales differ would read other numbers than were written."""
+    flat = [scale for pair in scales for scale in pair]
+    if all(scale == 1 for scale in flat):
+        return ""
+    return hashlib.blake2b(array("d", flat).tobytes(), digest_size=8).hexdigest()
 
 
 def make_sides(core: Core, ready: RunnerReady) -> tuple[DecodeSide | None, PrefillSide | None]:

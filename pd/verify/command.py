@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pd.errors import ConfigError, PdError
+from pd.models.kv_cache import FP8_E4M3
 from pd.verify.client import Answer, AskFailed, Server
 from pd.verify.compare import Divergence, Output, Rule, Verdict, compare
 from pd.verify.options import TRANSFORMERS, Options
@@ -23,8 +24,9 @@ Judge = Callable[[Case, list[Output]], list[Output]]
 #: How often everything is asked: name -> requests at once.
 ROUNDS = {"one by one": 1, "all at once": 32}
 _DEFAULT_PAGE = 32
-#: How far logprobs may be from those in float32. The significand of bfloat16 has three bits less than float16's.
-_NOISE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
+#: How far logprobs may be from those in float32. The significand of bfloat16 has three bits less than float16's. Keys
+#: and values in FP8 are rounded by the reference, too, but those between two numbers now and then to the other one.
+_NOISE = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5, FP8_E4M3: 0.05}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def run_verify(options: Options) -> int:
     cases = [case for case in workload(facts, options.seed) if options.only in case.name]
     if not cases:
         raise ConfigError("--only", f"no request has {options.only!r} in its name")
-    judge = _judge(options, path)
+    judge = _judge(options, path, FP8_E4M3 if FP8_E4M3 in dtypes else "auto")
     rule = rule_for(dtypes, options.tolerance)
     reference = "transformers in float32" if options.reference == TRANSFORMERS else options.reference
     console.print(
@@ -98,7 +100,7 @@ def first_divergence(verdicts: list[Verdict]) -> Divergence | None:
     return min(found, key=lambda divergence: (divergence.position, divergence.choice), default=None)
 
 
-def _judge(options: Options, path: str) -> Judge:
+def _judge(options: Options, path: str, kv_cache_dtype: str) -> Judge:
     if options.reference == TRANSFORMERS:
         directory = options.model or Path(path)
         if not directory.is_dir():
@@ -106,7 +108,7 @@ def _judge(options: Options, path: str) -> Judge:
             raise ConfigError("--model", problem, "give its directory, or --reference URL of a unified instance")
         from pd.verify.oracle import Oracle
 
-        return Oracle(directory).judge
+        return Oracle(directory, kv_cache_dtype).judge
     server = Server(options.reference, options.timeout_s, options.api_key)
     known: dict[str, list[Output]] = {}
 
@@ -122,7 +124,7 @@ def _judge(options: Options, path: str) -> Judge:
 
 
 def _discover(server: Server) -> tuple[Facts, set[str], str]:
-    """(sizes, types of the weights, the model's directory). Raises PdError when nobody answers who could be asked."""
+    """(sizes, types of weights and KV, the model's directory). Raises PdError when nobody can be asked."""
     model = _get(server, "/model_info")
     info = _get(server, "/server_info")
     if info.get("role") == "prefill":
@@ -130,7 +132,7 @@ def _discover(server: Server) -> tuple[Facts, set[str], str]:
     workers = [info, *(info.get("decode") or ()), *(info.get("prefill") or ())]
     workers = [worker for worker in workers if isinstance(worker, dict)]
     pages = [worker["page_size"] for worker in workers if worker.get("page_size")]
-    dtypes = {str(worker["dtype"]) for worker in workers if worker.get("dtype")}
+    dtypes = {str(worker[kind]) for worker in workers for kind in ("dtype", "kv_cache_dtype") if worker.get(kind)}
     try:
         facts = Facts(
             vocab_size=int(model["vocab_size"]),

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="largest difference of two logprobs (default: 1e-4 for float32 weights, 0.1 for float16, 0.5 for "
-        "bfloat16)",
+        "bfloat16; 0.05 at least for KV in fp8_e4m3)",
     )
     add("--seed", type=int, default=0, help="of the prompts (default: 0)")
     add("--only", default="", metavar="TEXT", help="only requests whose name contains TEXT")

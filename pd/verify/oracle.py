@@ -1,12 +1,14 @@
 """transformers as the reference: float32, eager attention, no KV cache, every position computed from scratch.
 
 It follows the deployment's own tokens: at each position it says which token is right after them and how likely it is,
-so that one damaged position is found where it is, not where the texts part. Draws are pd's own (counter-based noise) on
+so that one damaged position is found where it is, not where the texts part. Keys and values are rounded as the
+deployment's KV blocks hold them. Draws are pd's own (counter-based noise) on
 transformers' logits. A grammar's masks are not known here: of constrained requests the logprobs count.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pd.runner.inputs import Growing, Request
 from pd.runner.sampler import sample
 from pd.types import SamplingParams
 from pd.verify.compare import Output, Token
+from pd.verify.rounding import rounded_kv
 from pd.verify.workload import TOPS, Case
 
 _CONSTRAINED = ("json_schema", "regex", "ebnf")
@@ -30,19 +33,21 @@ _CONSTRAINED = ("json_schema", "regex", "ebnf")
 class Oracle:
     """Raises ConfigError when transformers is not installed or cannot load the model."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kv_cache_dtype: str = "auto") -> None:
+        """`kv_cache_dtype`: what the deployment's KV blocks hold; keys and values are rounded so."""
         try:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
         except ModuleNotFoundError as error:
             raise ConfigError("--reference", f"{error.name} is not installed", "pip install transformers") from error
         logging.disable_progress_bar()
-        info = check_model(str(path), tokenizer=False)
+        info = check_model(str(path), kv_cache_dtype=kv_cache_dtype, tokenizer=False)
         self._limits = ModelLimits(info.vocab_size, info.context_length, info.eos_token_ids, Defaults.read(info.path))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
         self._model = loaded.eval()
+        self._scales = info.kv_scales or ((1.0, 1.0),) * info.num_layers if info.kv_dtype else None
         self._judged: dict[tuple[Any, ...], Output] = {}
 
     def judge(self, case: Case, got: list[Output]) -> list[Output]:
@@ -59,7 +64,8 @@ class Oracle:
 
     def _judge(self, case: Case, prompt: tuple[int, ...], choice: int, got: Output) -> Output:
         everything = [*prompt, *got.ids]
-        with torch.inference_mode():
+        rounding = nullcontext() if self._scales is None else rounded_kv(self._model, self._scales)
+        with torch.inference_mode(), rounding:
             logits = self._model(torch.tensor([everything]), use_cache=False).logits[0].float()
         logprobs = logits.log_softmax(-1)
         sampling = msgspec.structs.replace(self._sampling(case), choice=choice)

@@ -1,10 +1,11 @@
 """How fast a GPU attends to paged KV, beside what it can read and how fast cuDNN is in the same run.
 
-    python tests/bench/bench_attention.py [--device cuda:0] [--only decode,configs,long,prefill,chunks]
+    python tests/bench/bench_attention.py [--device cuda:0] [--only decode,configs,long,prefill,chunks] [--fp8]
 
 The shape is Llama-3.1-8B's: 32 query heads, 8 kv heads of 128, bfloat16, blocks of 32 tokens at random in a pool of
-8 GiB in the engine's layout. Decode runs in CUDA graphs, over so many layers and tables that nothing is found in the
-cache: microseconds a launch, and the share of the read bandwidth that its keys and values make.
+8 GiB in the engine's layout; with --fp8 keys and values are of one byte, and the pool of 4 GiB. Decode runs in CUDA
+graphs, over so many layers and tables that nothing is found in the cache: microseconds a launch, and the share of the
+read bandwidth that its keys and values make.
   decode   rows of 1,024 tokens, by the most parts of a context; `table` is what the engine chooses, `kernel` the same
            with a kernel that combines the parts; then rows whose lengths differ
   configs  tokens a step / warps / stages, with the engine's split
@@ -42,7 +43,6 @@ from pd.runner.timing import device_times  # noqa: E402
 
 QUERY_HEADS, KV_HEADS, DIM, PAGE, LAYERS = 32, 8, 128, 32, 8
 BLOCKS = 8192  # of 1 MiB
-TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # of a layer
 SCALE = DIM**-0.5
 REPEATS = 5
 ROWS = (1, 8, 32, 64, 128, 256)
@@ -79,10 +79,13 @@ def name(config: DecodeConfig | PromptConfig) -> str:
 
 
 class Bench:
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, fp8: bool) -> None:
         self.device = device
         self.rng = np.random.default_rng(0)
         self.pool = torch.empty(BLOCKS, KV_HEADS, LAYERS, 2, PAGE, DIM, dtype=torch.bfloat16, device=device).normal_()
+        if fp8:
+            self.pool = self.pool.to(torch.float8_e4m3fn)
+        self.token_bytes = 2 * KV_HEADS * DIM * self.pool.itemsize  # of a layer
         self.processors = processors(self.pool.device)
         words = as_words(self.pool)
         table = np.zeros((BLOCKS, 4), dtype=np.int64)
@@ -134,7 +137,7 @@ class Bench:
         arrivals: bool = True,
     ) -> str:
         """One cell: microseconds a launch and the share of the read bandwidth."""
-        nbytes = sum(lengths) * TOKEN_BYTES
+        nbytes = sum(lengths) * self.token_bytes
         launches = max(LAYERS, -(-GRAPH_BYTES // nbytes))
         batches = [self.batch(lengths) for _ in range(-(-launches // LAYERS))]
         if not arrivals:
@@ -247,11 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--fp8", action="store_true", help="keys and values in float8_e4m3fn")
     options = parser.parse_args()
     start = time.perf_counter()
     with torch.cuda.device(options.device), torch.inference_mode():
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
-        bench = Bench(options.device)
+        bench = Bench(options.device, options.fp8)
         for part in options.only.split(","):
             PARTS[part](bench)
             print(f"({time.perf_counter() - start:.0f} s)")

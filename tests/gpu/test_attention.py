@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pd.kernels.attention import LayerKv, paged_attention
 from pd.kernels.attention_plan import Split
 from pd.kernels.attention_triton import decode_attention
-from pd.kernels.reference import paged_attention_device
+from pd.kernels.reference import as_bytes, paged_attention_device
 from tests.kernels.attention_kit import Case, attention_case
 
 #: Absolute and relative: results are means of values of size 1. A unit in the last place of a 16-bit output, and as
@@ -38,11 +38,30 @@ def test_decode_rows_see_their_own_tokens(dtype: torch.dtype, head_dim: int, win
     check(case, paged_attention(*case, SCALE, window), window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (96, 100), (128, 0), (128, 4096), (256, 0)])
+def test_decode_rows_and_prompts_read_one_byte_keys_and_values(dtype: torch.dtype, head_dim: int, window: int) -> None:
+    """Products are of float16, or of float32 with such queries: no further from the reference than those of 16 bits."""
+    shape = {"group": 4, "kv_heads": 4, "head_dim": head_dim, "page": 32, "dtype": dtype, "device": "cuda"}
+    for rows in (CONTEXTS, PROMPTS):
+        case = attention_case(rows, fp8=True, **shape)  # type: ignore[arg-type]
+        check(case, paged_attention(*case, SCALE, window), window)
+
+
+@pytest.mark.parametrize(("group", "kv_heads", "page"), [(1, 5, 16), (7, 4, 64), (20, 2, 128)])
+def test_one_byte_blocks_of_any_size_serve_any_number_of_heads(group: int, kv_heads: int, page: int) -> None:
+    for rows in (CONTEXTS, PROMPTS):
+        case = attention_case(
+            rows, group=group, kv_heads=kv_heads, page=page, dtype=torch.bfloat16, device="cuda", fp8=True
+        )
+        check(case, paged_attention(*case, SCALE))
+
+
 @pytest.mark.parametrize("arrivals", [True, False], ids=["the last part combines", "a kernel combines"])
 @pytest.mark.parametrize("parts", [1, 2, 7, 64])
-@pytest.mark.parametrize("page", [16, 64, 128])
-def test_decode_is_the_same_in_any_number_of_parts(page: int, parts: int, arrivals: bool) -> None:
-    case = attention_case(CONTEXTS, page=page, dtype=torch.bfloat16, device="cuda", arrivals=arrivals)
+@pytest.mark.parametrize(("page", "fp8"), [(16, False), (64, False), (128, False), (32, True)])
+def test_decode_is_the_same_in_any_number_of_parts(page: int, fp8: bool, parts: int, arrivals: bool) -> None:
+    case = attention_case(CONTEXTS, page=page, dtype=torch.bfloat16, device="cuda", arrivals=arrivals, fp8=fp8)
     heads, kv, batch = case
     out = torch.full_like(heads.q, float("nan"), memory_format=torch.contiguous_format).flatten(1)
     for _ in range(3):  # what is counted on the device is ready for the next launch
@@ -62,18 +81,20 @@ def spread(case: Case, blocks: int) -> Case:
     heads, kv, batch = case
     count, *inner = kv.k.shape
     pool = torch.zeros(blocks, 2, *inner, dtype=kv.k.dtype, device=kv.k.device)
-    pool[-count:, 0], pool[-count:, 1] = kv
+    for place, part in enumerate(kv[:2]):
+        as_bytes(pool)[-count:, place] = as_bytes(part)
     tables = batch.tables + (blocks - count)
     moved = replace(batch, tables=tables)
-    return Case(heads, LayerKv(pool[:, 0], pool[:, 1]), moved)
+    return Case(heads, LayerKv(pool[:, 0], pool[:, 1], *kv[2:]), moved)
 
 
-def test_blocks_beyond_32_bits_of_offset_are_found() -> None:
-    """5.4 GB of pool: elements, not only bytes, beyond 2^31."""
+@pytest.mark.parametrize(("fp8", "blocks"), [(False, 41_000), (True, 82_000)])
+def test_blocks_beyond_32_bits_of_offset_are_found(fp8: bool, blocks: int) -> None:
+    """5.4 GB of pool: elements, not only bytes, beyond 2^31; with one byte an element words of two of them."""
     rows = [(1, 700), (1, 90), (1, 3000)]
-    case = attention_case(rows, kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda")
-    far = spread(case, 41_000)
-    assert far.kv.k.stride(0) * 40_900 > 2**31
+    case = attention_case(rows, kv_heads=8, head_dim=128, page=32, dtype=torch.bfloat16, device="cuda", fp8=fp8)
+    far = spread(case, blocks)
+    assert far.kv.k.stride(0) * (blocks - 100) > 2**31 * (2 if fp8 else 1)
     check(far, paged_attention(*far, SCALE))
 
 

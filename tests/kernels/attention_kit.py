@@ -10,6 +10,10 @@ import torch
 
 from pd.kernels.attention import DeviceBatch, Heads, LayerKv, PromptRow
 from pd.kernels.attention_plan import prompt_tiles
+from pd.kernels.reference import to_fp8
+
+#: Of keys and values, where the cache is of one byte an element: no powers of two, and large enough for both to matter.
+SCALES = (0.37, 1.9)
 
 
 class Case(NamedTuple):
@@ -30,11 +34,12 @@ def attention_case(
     fill: float = float("nan"),
     spare: int = 3,
     arrivals: bool = True,
+    fp8: bool = False,
 ) -> Case:
     """`rows`: (tokens in this step, context with them); those of one token first, a context of 0 is a padding row.
 
     Blocks are drawn at random, `spare` remain; all that no row's tokens fill is `fill`. Queries, keys and values are
-    views of one projection, whose keys and values the pool has too.
+    views of one projection, whose keys and values the pool has too. `fp8`: in float8_e4m3fn, with SCALES.
     """
     torch.manual_seed(len(rows) + sum(context for _, context in rows))
     rng = np.random.default_rng(len(rows))
@@ -46,6 +51,9 @@ def attention_case(
     heads = Heads(*fused.split([group * kv_heads, kv_heads, kv_heads], dim=1))
     pool = torch.full((len(ids) + 1, kv_heads, 2, 2, page, head_dim), fill, dtype=dtype, device=device)
     kv = LayerKv(pool[:, :, 1, 0], pool[:, :, 1, 1])
+    if fp8:
+        for new, scale in zip(heads[1:], SCALES, strict=True):
+            new.copy_(to_fp8(new.float() / scale).float() * scale)
     start, prompts = 0, []
     for row, ((count, context), need) in enumerate(zip(rows, needs, strict=True)):
         tables[row, :need], ids = ids[:need], ids[need:]
@@ -59,6 +67,8 @@ def attention_case(
         if count > 1:
             prompts.append(PromptRow(start, count, context))
         start += count
+    if fp8:
+        kv = LayerKv(*(to_fp8(pool.float() / scale)[:, :, 1, i] for i, scale in enumerate(SCALES)), *SCALES)
     starts = [prompt.start for prompt in prompts] + [start]
     unused = torch.empty(0, dtype=torch.int32)
     batch = DeviceBatch(

@@ -79,10 +79,9 @@ def test_the_gated_activation(rows: int, scaled: bool) -> None:
     assert before_the_wait(compiled) == 0
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (32, 8, 64), (16, 8, 128), (14, 2, 64)])
-def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scaled: bool) -> None:
+def compile_rotation(
+    q_heads: int, kv_heads: int, head_dim: int, normed: bool, scaled: bool, cache: str = BF16
+) -> Compiled:
     signature = {
         "scale": F32,
         "cos": F32,
@@ -92,9 +91,10 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scal
         "offsets": "*i32",
         "stride": "i32:16",
     }
-    signature |= dict.fromkeys(("qkv", "q_gain", "k_gain", "k_cache", "v_cache"), BF16)
-    for cache in "kv":
-        signature |= {f"{cache}_block": "i64:16", f"{cache}_head": "i32:16", f"{cache}_token": "i32:16"}
+    signature |= dict.fromkeys(("qkv", "q_gain", "k_gain"), BF16) | dict.fromkeys(("k_cache", "v_cache"), cache)
+    for of in "kv":
+        signature |= {f"{of}_block": "i64:16", f"{of}_head": "i32:16", f"{of}_token": "i32:16"}
+        signature |= {f"{of}_scale": "fp32", f"{of}_inverse": "fp32"}
     pairs = head_dim // 2
     block, heads, num_warps = tile(q_heads, pairs)
     constants: dict[str, Any] = {"Q_HEADS": q_heads, "KV_HEADS": kv_heads, "PAIRS": pairs, "BLOCK": block}
@@ -103,7 +103,14 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scal
         constants |= {"q_gain": None, "k_gain": None}
     if not scaled:
         constants["scale"] = None
-    compiled = compile_sm90(rope_write_kernel, signature, constants, num_warps=num_warps)
+    return compile_sm90(rope_write_kernel, signature, constants, num_warps=num_warps)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (32, 8, 64), (16, 8, 128), (14, 2, 64)])
+def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scaled: bool) -> None:
+    compiled = compile_rotation(q_heads, kv_heads, head_dim, normed, scaled)
     compiled.check()
     assert compiled.registers <= 64 and compiled.shared == 0, "threads share nothing but by shuffles"
     assert compiled.count("LDG.E.128") == (8 if normed else 6)
@@ -111,6 +118,18 @@ def test_rotation(q_heads: int, kv_heads: int, head_dim: int, normed: bool, scal
     stores = compiled.count("STG.E.128") - 2 * scaled  # values are written back, too
     assert compiled.count("STG.E.128") == compiled.count("STG") and stores in (4, 6), "keys, queries in 1 or 2 branches"
     assert before_the_wait(compiled) == (2 if normed else 0), "the weights of the norm"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(32, 8, 128), (14, 2, 64)])
+def test_rotation_with_a_one_byte_cache(q_heads: int, kv_heads: int, head_dim: int, scaled: bool) -> None:
+    compiled = compile_rotation(q_heads, kv_heads, head_dim, False, scaled, "*fp8e4nv:16")
+    compiled.check()
+    assert compiled.registers <= 64 and compiled.shared == 0
+    assert compiled.count("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C") == 2 * 2 * 4, "two at a time, of keys and values"
+    assert compiled.count("STG.E.64") == 4 and compiled.count("STG.E.64") + compiled.count("STG.E.128") == (
+        compiled.count("STG")
+    ), "eight bytes of each half of keys and values"
 
 
 @pytest.mark.parametrize("pairs", [32, 64])

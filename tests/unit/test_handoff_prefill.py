@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from pd import messages as m
 from pd.scheduler import actions as act
 from pd.scheduler.handoff import PREFILL_TABLE, Accepted, HandoffConfig, PrefillHandoffs, RoomAnswered, SourceFree, Stop
 from pd.scheduler.handoff_base import ints, sending_ranks, source_ranks, to_i32
 from pd.types import HandoffId, InstanceState, Load
-from tests.handoff_kit import Prefill, identity
+from tests.handoff_kit import GROUP, Prefill, identity
 
 
 def accepted(**changes: Any) -> tuple[Prefill, int, HandoffId]:
@@ -53,13 +54,16 @@ def test_the_welcome_waits_for_the_data_connection() -> None:
         ("transfer", "other"),
         ("lanes", 2),
         ("groups", []),
+        ("groups", [replace(GROUP, head_dim=16)]),
+        ("kv_cache_dtype", [replace(GROUP, dtype="fp8_e4m3")]),
+        ("kv_scales", [replace(GROUP, scales="0011223344556677")]),
         ("ranks", []),
         ("heartbeat_ms", 0),
     ],
 )
 def test_a_mismatch_is_refused_naming_the_field(field: str, value: Any) -> None:
     p = Prefill()
-    p.hello(conn=7, **{field: value})
+    p.hello(conn=7, **{field if not field.startswith("kv_") else "groups": value})
     (refusal,) = p.orders()
     assert isinstance(refusal, act.RefusePeer) and (refusal.conn, refusal.unwelcome.field) == (7, field)
 

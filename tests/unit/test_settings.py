@@ -123,6 +123,8 @@ QWEN_REST = (
         ("--model-path /path/to/model --disaggregation-mode decode --port 30011", {"role": "decode"}),
         ("/path/to/model --disaggregation-mode null", {"role": "unified", "model.model": "/path/to/model"}),
         ("/m --mem-fraction-static 0.8 --max-running-requests 128", {"cache.mem_fraction_static": 0.8}),
+        ("/m --kv-cache-dtype fp8_e4m3", {"cache.kv_cache_dtype": "fp8_e4m3"}),
+        ("/m --kv-cache-dtype fp8", {"cache.kv_cache_dtype": "fp8_e4m3"}),  # vLLM's
         ("/m --tp-size 1 --dp-size 1 --nnodes 1 --node-rank 0 --tp 1 --moe-a2a-backend none", {"model.model": "/m"}),
     ],
 )
@@ -331,6 +333,7 @@ def test_of_a_repeated_flag_the_last_counts_whatever_its_spelling() -> None:
         ("/m --heartbeat-interval inf", "--heartbeat-interval", "not a number"),
         ("/m --mem-fraction-static 1", "--mem-fraction-static", "not less than 1"),
         ("/m --dtype int8", "--dtype", "not one of auto, float32, float16, bfloat16"),
+        ("/m --kv-cache-dtype fp8_e5m2", "--kv-cache-dtype", "not one of auto, fp8_e4m3"),
         ("/m --disaggregation-mode both", "--disaggregation-mode", "not one of prefill, decode, unified"),
         ("/m --local-prefill always", "--local-prefill", "never, fallback or short:N"),
         ("/m --local-prefill short:0", "--local-prefill", "never, fallback or short:N"),

@@ -65,6 +65,7 @@ TABLE: dict[str, tuple[Any, Find | str]] = {
     "cache.page_size": (8, lambda b: {b.core.page_size, b.core.batcher.limits.page_size, b.api.page_size}),
     "cache.max_total_tokens": (640, "runner/device.py"),
     "cache.mem_fraction_static": (0.31, "runner/device.py"),
+    "cache.kv_cache_dtype": ("fp8_e4m3", "runner/service.py"),
     "cache.disable_prefix_cache": (True, lambda b: not b.core.prefix.enabled),
     "scheduler.max_running_requests": (17, lambda b: b.core.batcher.limits.max_running),
     "scheduler.max_queued_requests": (33, "scheduler/state.py"),

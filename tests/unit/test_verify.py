@@ -176,6 +176,8 @@ def test_the_key_is_the_one_that_was_given_or_the_deployments_own_variable() -> 
         (["float16"], None, Rule(0.1, exact_draws=False)),
         (["float32", "bfloat16"], None, Rule(0.5, exact_draws=False)),
         (["bfloat16"], 0.2, Rule(0.2, exact_draws=False)),
+        (["float32", "fp8_e4m3"], None, Rule(0.05, exact_draws=False)),
+        (["bfloat16", "fp8_e4m3"], None, Rule(0.5, exact_draws=False)),
         ([], None, Rule(1e-4)),
     ],
 )

@@ -26,6 +26,7 @@ from pd.errors import ConfigError, PdError
 from pd.logs import configure
 from pd.models.checkpoint import read_json
 from pd.models.dense import DenseConfig, dense_config
+from pd.models.kv_cache import FP8_E4M3
 
 #: What is profiled: steady decode steps of a batch, and single prompts; and how many kernels of it are shown.
 PROFILED_BATCH, PROFILED_STEPS, SHOWN_KERNELS = 64, 200, 16
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-gpu-id", type=int, default=0)
     parser.add_argument("--disable-cuda-graph", action="store_true")
     parser.add_argument("--attention-backend", default="auto", choices=("auto", "triton", "torch"))
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8_e4m3", "fp8"))
     parser.add_argument("--max-prefill-tokens", type=int, default=0, help="prompt tokens per step")
     parser.add_argument("--log-level", default="warning", help="of the engine's processes (default: warning)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to F")
@@ -90,7 +92,10 @@ def run(namespace: argparse.Namespace) -> int:
                 attention_backend=namespace.attention_backend,
                 device="cuda",
             ),
-            cache=CacheConfig(disable_prefix_cache=True),
+            cache=CacheConfig(
+                disable_prefix_cache=True,
+                kv_cache_dtype="auto" if namespace.kv_cache_dtype == "auto" else FP8_E4M3,
+            ),
             scheduler=SchedulerConfig(
                 max_prefill_tokens=namespace.max_prefill_tokens, chunked_prefill_size=namespace.max_prefill_tokens
             ),
@@ -121,6 +126,7 @@ def http_options(config: ServeConfig) -> list[str]:
     model = config.model
     flags = ["--load-format", model.load_format, "--device", "cuda", "--base-gpu-id", str(model.base_gpu_id)]
     flags += ["--attention-backend", model.attention_backend, "--disable-prefix-cache", "--log-level", "warning"]
+    flags += ["--kv-cache-dtype", config.cache.kv_cache_dtype]
     flags += ["--disable-cuda-graph"] * model.disable_cuda_graph
     limit = config.scheduler.max_prefill_tokens
     return flags + (["--max-prefill-tokens", str(limit), "--chunked-prefill-size", str(limit)] if limit else [])
@@ -150,7 +156,8 @@ async def _measure(
             for batch in batches:
                 ms = await cases.decode_ms(engine, batch, engine.step_tokens)
                 figures.decode_ms[str(batch)] = ms
-                figures.floor_ms[str(batch)] = 1e3 * step_bytes(shape, batch) / (floors["copy_gbps"] * 1e9)
+                needed = step_bytes(shape, batch, kv_bytes=1 if config.cache.kv_cache_dtype == FP8_E4M3 else 2)
+                figures.floor_ms[str(batch)] = 1e3 * needed / (floors["copy_gbps"] * 1e9)
                 say(f"decode {batch}: {ms:.2f} ms")
         if "prefill" in only:
             for tokens in prompts:
@@ -185,12 +192,12 @@ def _each(shares: Shares, steps: int) -> list[tuple[str, float, float]]:
     return [(name, 1e3 * seconds / steps, count / steps) for name, seconds, count in shares.kernels[:SHOWN_KERNELS]]
 
 
-def step_bytes(shape: DenseConfig, batch: int) -> float:
-    """What a decode step must read and write: every weight once, and the context's KV; in bytes, at 2 per number."""
+def step_bytes(shape: DenseConfig, batch: int, kv_bytes: int = 2) -> float:
+    """What a decode step must read and write: every weight once, and the context's KV; in bytes, 2 a weight."""
     return (
         2 * layer_weights(shape)
         + 2 * shape.vocab_size * shape.hidden_size
-        + batch * cases.CONTEXT * (4 * shape.num_layers * shape.num_kv_heads * shape.head_dim)
+        + batch * cases.CONTEXT * (2 * kv_bytes * shape.num_layers * shape.num_kv_heads * shape.head_dim)
     )
 
 

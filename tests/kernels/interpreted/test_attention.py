@@ -44,14 +44,39 @@ def test_decode_reads_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
     check_decode(split=Split(2, 1), page=page, dtype=dtype)
 
 
+@pytest.mark.parametrize(("page", "dtype"), [(16, torch.float32), (64, torch.float16)], ids=str)
+def test_decode_reads_one_byte_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
+    check_decode(split=Split(2, 1), page=page, dtype=dtype, fp8=True)
+
+
+@pytest.mark.parametrize("arrivals", [True, False], ids=["the last part combines", "a kernel combines"])
+@pytest.mark.parametrize("window", [0, 20])
+def test_one_byte_keys_and_values_are_scaled_whatever_the_parts(window: int, arrivals: bool) -> None:
+    check_decode(window, Split(5, 16), DecodeConfig(step=16), arrivals=arrivals, fp8=True)
+
+
 @pytest.mark.parametrize("window", [1, 64])
 def test_decode_windows_begin_anywhere(window: int) -> None:
     check_decode(window, Split(3, 1))
 
 
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 3, 128), (7, 2, 48), (8, 1, 64), (20, 1, 64)])
-def test_decode_takes_any_number_of_heads(group: int, kv_heads: int, head_dim: int) -> None:
-    check_decode(split=Split(3, 1), group=group, kv_heads=kv_heads, head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "fp8"),
+    [(1, 3, 128, False), (7, 2, 48, False), (8, 1, 64, False), (20, 1, 64, False), (7, 2, 48, True), (1, 3, 128, True)],
+)
+def test_decode_takes_any_number_of_heads(group: int, kv_heads: int, head_dim: int, fp8: bool) -> None:
+    check_decode(split=Split(3, 1), group=group, kv_heads=kv_heads, head_dim=head_dim, fp8=fp8)
+
+
+def test_queries_that_float16_cannot_hold_attend_to_one_byte_keys() -> None:
+    """They are scaled first."""
+    heads, kv, batch = attention_case([(1, 40)], fp8=True)
+    heads.q[:] *= 2e5
+    kv = kv._replace(k_scale=1e-4)
+    half = heads._replace(q=heads.q.bfloat16().float())
+    out = torch.empty(1, heads.q[0].numel(), dtype=torch.float16)
+    decode_attention(half.q, kv, batch, out, 0.2, 0)
+    torch.testing.assert_close(out.float(), paged_attention_device(half, kv, batch, 0.2, 0), atol=2e-3, rtol=1e-3)
 
 
 SPANS = [(1, 40), (1, 3), (1, 0), (5, 5), (2, 70), (70, 103), (41, 41)]  # decode rows, then prompts
@@ -86,9 +111,22 @@ def test_prompts_read_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
     check_prompts(page=page, dtype=dtype)
 
 
-@pytest.mark.parametrize(("group", "kv_heads", "head_dim"), [(1, 2, 64), (7, 2, 48), (8, 1, 128), (20, 1, 64)])
-def test_prompts_take_any_number_of_heads(group: int, kv_heads: int, head_dim: int) -> None:
-    check_prompts(group=group, kv_heads=kv_heads, head_dim=head_dim)
+@pytest.mark.parametrize(("page", "dtype"), [(32, torch.float32), (16, torch.float16)], ids=str)
+def test_prompts_read_one_byte_blocks_of_any_size(page: int, dtype: torch.dtype) -> None:
+    check_prompts(page=page, dtype=dtype, fp8=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "kv_heads", "head_dim", "fp8"),
+    [(1, 2, 64, False), (7, 2, 48, False), (8, 1, 128, False), (20, 1, 64, False), (7, 2, 48, True)],
+)
+def test_prompts_take_any_number_of_heads(group: int, kv_heads: int, head_dim: int, fp8: bool) -> None:
+    check_prompts(group=group, kv_heads=kv_heads, head_dim=head_dim, fp8=fp8)
+
+
+@pytest.mark.parametrize(("window", "split"), [(0, Split(2, 32)), (20, Split(16, 1))], ids=str)
+def test_one_byte_keys_of_a_tile_may_be_divided(window: int, split: Split) -> None:
+    check_prompts(window, PromptConfig(rows=64, step=16), split, fp8=True)
 
 
 def test_only_the_tiles_that_are_named_are_computed() -> None:
@@ -102,7 +140,7 @@ def test_only_the_tiles_that_are_named_are_computed() -> None:
     assert torch.equal(~out.isnan().any(1), written)
 
 
-@pytest.mark.parametrize("window", [0, 30, 500])
+@pytest.mark.parametrize(("window", "fp8"), [(0, False), (30, False), (500, False), (0, True)])
 @pytest.mark.parametrize(
     ("spans", "at_once"),
     [
@@ -116,7 +154,11 @@ def test_only_the_tiles_that_are_named_are_computed() -> None:
     ids=str,
 )
 def test_each_row_of_a_batch_gets_its_kernel(
-    spans: list[tuple[int, int]], at_once: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
+    spans: list[tuple[int, int]],
+    at_once: list[tuple[int, int]],
+    window: int,
+    fp8: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a GPU, but for cuDNN: prompts of about 48 tokens without a prefix go to torch's plain attention."""
     monkeypatch.setattr(attention_plan, "FRESH_LENGTHS", (32, 48))
@@ -129,7 +171,7 @@ def test_each_row_of_a_batch_gets_its_kernel(
 
     causal = attention_device._causal
     monkeypatch.setattr(attention_device, "_causal", count)
-    heads, kv, batch = attention_case(spans, dtype=torch.float16)
+    heads, kv, batch = attention_case(spans, dtype=torch.float16, fp8=fp8)
     out = attention_device.paged_attention(heads, kv, batch, 0.2, window)
     expected = paged_attention_device(heads, kv, batch, 0.2, window)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=1e-3)
