@@ -19,7 +19,7 @@ import torch
 from pd import messages as m
 from pd.child import ChildContext
 from pd.runner import device as runner_device
-from pd.runner import device_worker
+from pd.runner import device_sampler
 from pd.runner import service as runner_service
 from pd.runner.config import RunnerConfig
 from pd.runner.device import Cpu
@@ -101,7 +101,7 @@ def runner(config: RunnerConfig, context: ChildContext) -> None:
     notes = Notes.beside(config.step_endpoint)
     runner_device.DeviceWorker, runner_device.StepGraphs = _noting(notes)  # type: ignore[misc]
     if config.model.device == "cpu":
-        device_worker.sample_rows = lambda logits, *_, **__: (torch.zeros(len(logits), dtype=torch.int32), None)
+        device_sampler.sample_rows = lambda logits, *_, **__: (torch.zeros(len(logits), dtype=torch.int32), None)
         runner_service.open_device = lambda config, report: NoDevice(config, report, notes)
     runner_service.main(config, context)
 
@@ -210,7 +210,7 @@ class NoDevice(Cpu):
         worker = runner_device.DeviceWorker(
             self._model,
             self._pool,
-            DeviceState(64, width, info.num_kv_heads, torch.device("cpu")),
+            DeviceState(64, width, info.num_kv_heads, info.vocab_size, torch.device("cpu")),
             vocab_size=info.vocab_size,
             group=info.num_heads // info.num_kv_heads,
             grammars=grammars,
