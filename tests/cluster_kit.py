@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from up_kit import Running, running
 
 from tests.hub_kit import cache_model
@@ -173,6 +174,14 @@ def deploy(
 
 def tokens_of(answer: dict[str, Any]) -> list[int]:
     return list(answer["output_ids"])
+
+
+def all_at_rest(request: pytest.FixtureRequest) -> None:
+    """Whatever a test asked of its deployments is given back. pytest shows what they said when something fails."""
+    for deployment in request.node.funcargs.values():
+        if isinstance(deployment, Deployment):
+            print(deployment.running.stderr[-4000:])
+            deployment.assert_at_rest()
 
 
 def check_logprobs(oracle: Oracle, asked: Sequence[int], answer: dict[str, Any], count: int | None = None) -> None:

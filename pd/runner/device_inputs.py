@@ -68,7 +68,11 @@ class StepArrays:
 
 
 def row_batch(
-    rows: StepRows, arrivals: torch.Tensor, starts: torch.Tensor | None = None, tiles: torch.Tensor | None = None
+    rows: StepRows,
+    arrivals: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    tiles: torch.Tensor | None = None,
+    whole: bool = False,
 ) -> DeviceBatch:
     return DeviceBatch(
         positions=rows.positions,
@@ -80,6 +84,7 @@ def row_batch(
         starts=starts,
         tiles=tiles,
         arrivals=arrivals,
+        whole=whole,
     )
 
 

@@ -78,12 +78,12 @@ class DeviceSampler:
         self, requests: Sequence[Request], outcome: Outcome, logits: torch.Tensor, fields: Fields
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Tokens and logprobs, of the further choices at the end. A request goes on with its first one."""
-        raw = outcome.logits if logits is not outcome.logits else None
         sampling = gather_sampling(self.state.state, outcome.slots, outcome.lengths)
         wishes = {
             "restricted": any(restricts(request.sampling) for request in requests),
             "logprobs": any(wants_logprobs(request.sampling) for request in requests),
         }
+        raw = outcome.logits if wishes["logprobs"] and logits is not outcome.logits else None
         drawn = [sample_rows(logits, sampling, raw=raw, **wishes)]
         store_last(self.state.state, outcome.slots, drawn[0][0])
         if "slot" in fields:

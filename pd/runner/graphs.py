@@ -9,7 +9,7 @@ tokens. Every graph samples greedily or by temperature, as most steps do; others
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -198,7 +198,7 @@ class StepGraphs:
         whole: bool = False,
     ) -> torch.Tensor:
         prepare_rows(self._state.state, rows, self._page)
-        batch = replace(row_batch(rows, self._state.arrivals, starts, tiles), whole=whole)
+        batch = row_batch(rows, self._state.arrivals, starts, tiles, whole)
         return self._model.forward(rows.tokens, batch, self._pool.layers)
 
     def _sample(

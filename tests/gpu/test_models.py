@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from tests.worker_driver import GREEDY, Driver, Track, i32
 #: Logprobs by (request, position).
 Said = dict[tuple[int, int], float]
 Errors = npt.NDArray[np.float64]
+
+pytestmark = pytest.mark.usefixtures("without_tf32")
 
 DEVICE = "cuda:0"
 PAGE, VOCAB = 16, 4096
@@ -116,15 +118,6 @@ GREEDY_KEYS = [key for key, ask in enumerate(TRAFFIC) if ask.sampling in (GREEDY
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(autouse=True)
-def _without_tf32() -> Iterator[None]:
-    """As torch starts; a test beside these may have changed it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

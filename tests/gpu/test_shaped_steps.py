@@ -5,7 +5,6 @@ float32 on both, TF32 off: the same tokens, greedy and drawn, and logprobs withi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from pd.types import SamplingParams
 from tests.oracle import tiny_model
 from tests.shaping_kit import ALL, FEATURES, GREEDY, NARROW, WARM, Answer, Server, said_alike, traffic
 from tests.worker_driver import KIND, Driver, f32
+
+pytestmark = pytest.mark.usefixtures("without_tf32")
 
 DEVICE = "cuda:0"
 PAGE, VOCAB, EOS = 16, 4096, 1
@@ -61,14 +62,6 @@ SAMPLING = {
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model(Path(tmp_path_factory.mktemp("models")), **SHAPE)
-
-
-@pytest.fixture(autouse=True)
-def _without_tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def gpu_driver(path: str, **options: Any) -> Driver:

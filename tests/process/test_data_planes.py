@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_kit import Deployment, ask, block_bytes, check_logprobs, deploy, prompt
+from cluster_kit import Deployment, all_at_rest, ask, block_bytes, check_logprobs, deploy, prompt
 from fault_kit import fault_cluster, send
 from plane_kit import PLANES, settings
 
@@ -34,12 +34,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(autouse=True)
 def _rested(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever the test asked for is given back."""
     yield
-    for deployment in request.node.funcargs.values():
-        if isinstance(deployment, Deployment):
-            print(deployment.running.stderr[-4000:])  # pytest shows it when something fails
-            deployment.assert_at_rest()
+    all_at_rest(request)
 
 
 def test_tokens_and_logprobs_equal_transformers_for_a_batch_of_all_lengths(pair: Deployment) -> None:

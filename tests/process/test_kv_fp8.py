@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cluster_kit import Deployment, ask, block_bytes, deploy, prompt
+from cluster_kit import Deployment, all_at_rest, ask, block_bytes, deploy, prompt
 
 from tests.oracle import Oracle
 
@@ -29,18 +29,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture(scope="module")
 def unified(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    with deploy(
-        tmp_path_factory.mktemp("unified"), "qwen2", "--unified", "1", *FP8, "--max-total-tokens", "4096"
-    ) as found:
+    with deploy(tmp_path_factory.mktemp("unified"), "qwen2", "--unified", "1", *FP8, *MEMORY) as found:
         yield found
 
 
 @pytest.fixture(autouse=True)
 def _rested(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    for deployment in request.node.funcargs.values():
-        if isinstance(deployment, Deployment):
-            deployment.assert_at_rest()
+    all_at_rest(request)
 
 
 def answers(deployment: Deployment, url: str = "", *, cached: bool = False) -> list[tuple[list[int], list[Any]]]:

@@ -18,8 +18,8 @@ from pd.messages import CopyBlock
 from pd.models.info import check_model
 from pd.transfer.digest import DigestGeometry, digest_blocks
 from tests.oracle import Oracle, Scales, tiny_model
-from tests.unit.test_worker_oracle import MODELS, prompt_of
-from tests.worker_driver import KIND, Driver, Track
+from tests.unit.test_worker_oracle import MODELS, assert_matches, prompt_of
+from tests.worker_driver import KIND, Driver
 
 #: Most by which a logprob may be off. A key that lies between two numbers of float8 is now and then rounded to the
 #: other one, as sums are not added up in the same order.
@@ -67,16 +67,6 @@ def fp8(path: str, **options: Any) -> Driver:
     return Driver(path, kv_cache_dtype="fp8_e4m3", **options)
 
 
-def check(track: Track, prompt: list[int], oracle: Oracle, n: int) -> None:
-    expected = oracle.generate_logprobs(prompt, n)
-    assert track.emitted == expected.tokens
-    chosen = [float(expected.logprobs[len(prompt) - 1 + i, token]) for i, token in enumerate(expected.tokens)]
-    assert track.logprobs == pytest.approx(chosen, abs=TOLERANCE)
-    for position, value in track.prompt_logprobs.items():
-        if position:
-            assert value == pytest.approx(float(expected.logprobs[position - 1, prompt[position]]), abs=TOLERANCE)
-
-
 @pytest.mark.parametrize("name", ["llama", "tied-odd-heads", "mistral", "qwen2", "qwen3-window-biases", "one-kv-head"])
 def test_models_compute_what_transformers_computes_from_rounded_keys_and_values(
     folder: Path, name: str, kind: str
@@ -90,7 +80,7 @@ def test_models_compute_what_transformers_computes_from_rounded_keys_and_values(
     driver.generate(12, chunk=32)
     assert driver.pool.tensor.dtype == torch.float8_e4m3fn
     for key, prompt in prompts.items():
-        check(driver.tracks[key], prompt, Oracle(path, fp8_scales=PLAIN), 12)
+        assert_matches(Oracle(path, fp8_scales=PLAIN), driver.tracks[key], prompt, 12, TOLERANCE)
 
 
 def test_that_is_close_to_what_unrounded_ones_give(folder: Path) -> None:
@@ -117,7 +107,7 @@ def test_a_checkpoints_scales_are_divided_by_and_multiplied_with(
     assert driver.info.kv_scales == pytest.approx(np.array(SCALED), rel=1e-6)
     track = driver.admit(1, prompt, logprob_start=0)
     driver.generate(8, chunk=32)
-    check(track, prompt, Oracle(path, fp8_scales=driver.info.kv_scales), 8)
+    assert_matches(Oracle(path, fp8_scales=driver.info.kv_scales), track, prompt, 8, TOLERANCE)
 
 
 def test_scales_of_other_types_and_one_for_both_are_read(with_scales: Callable[..., str]) -> None:

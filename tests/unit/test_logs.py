@@ -9,27 +9,18 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from pd import logs
 from pd.config import LogConfig
+from tests.log_kit import Terminal, logs_as_before
 
 SECRET = 'tr"ï\\x secret'
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture(autouse=True)
 def _logs_are_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logs_as_before():
+        yield
 
 
 def test_without_a_terminal_every_line_is_one_json_object_that_says_who_speaks() -> None:

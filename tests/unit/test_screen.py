@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 from collections.abc import Iterator
 
 import pytest
-import structlog
 
 from pd import logs
 from pd.config import LogConfig
 from pd.screen import GRAPHS, KERNELS, WEIGHTS, BarScreen, LineScreen, Relay, Stage, amount, open_screen
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from tests.log_kit import Terminal, logs_as_before
 
 
 @pytest.fixture(autouse=True)
 def _logs_are_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logs_as_before():
+        yield
 
 
 def plain(text: str) -> str:
